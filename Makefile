@@ -1,0 +1,45 @@
+# `make` lists the targets. PYTHON is the interpreter that .venv is made with.
+PYTHON ?= python3
+BIN := .venv/bin
+# A copy of MovieLens-100K of your own: the folder with ml-100k.inter, .user and .item.
+ML100K ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup data demo demo-ray test check bench soak clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  ML100K=PATH     demo: use your own copy of MovieLens-100K"
+	@echo "  PYTHON=PATH     setup: the Python (3.10 or newer) to make .venv with"
+
+setup: ## make .venv, install everything, build the operators (a second call is instant)
+	@$(PYTHON) scripts/bootstrap.py
+
+data: setup
+	@$(BIN)/python scripts/get_ml100k.py data/ml-100k $(if $(ML100K),--from "$(ML100K)")
+
+demo: data ## pretrain, fine-tune and evaluate on MovieLens-100K
+	$(BIN)/torchrec-pt run configs/demo.toml
+
+demo-ray: data ## the same run as a job on a Ray started here
+	$(BIN)/python -m cluster.submit configs/demo.toml --local
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest
+
+check: setup ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+bench: setup ## run every benchmark; results go to benchmarks/results
+	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+
+soak: setup ## run the long tests
+	$(BIN)/python -m pytest -m soak
+
+clean: ## remove what setup and the tools made; data and runs stay
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find torchrec_pt -name '*.so' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

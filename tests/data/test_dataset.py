@@ -1,0 +1,140 @@
+"""Jagged against a plain Python model, and the loaded dataset against the rows it came from."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchrec_pt.config import DataConfig
+from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.data.manifest import DataError
+from torchrec_pt.data.prepare import prepare
+
+lists = st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=8)
+examples = settings(max_examples=60, deadline=None)
+
+
+def jagged(rows: list[list[int]]) -> Jagged:
+    values = torch.tensor([value for row in rows for value in row], dtype=torch.int64)
+    return Jagged.from_lengths(values, torch.tensor([len(row) for row in rows], dtype=torch.int64))
+
+
+def plain(data: Jagged) -> list[list[int]]:
+    assert data.offsets.dtype == torch.int64
+    assert data.offsets[-1] == len(data.values)
+    ends = data.offsets.tolist()
+    return [data.values[a:b].tolist() for a, b in pairwise(ends)]
+
+
+@examples
+@given(rows=lists)
+def test_jagged_holds_its_rows(rows: list[list[int]]) -> None:
+    data = jagged(rows)
+    assert plain(data) == rows
+    assert data.num_rows == len(rows)
+    assert data.lengths.tolist() == [len(row) for row in rows]
+    assert data.rows.tolist() == [i for i, row in enumerate(rows) for _ in row]
+
+
+@examples
+@given(rows=lists.filter(bool), data=st.data())
+def test_select_takes_rows_in_any_order_with_repeats(
+    rows: list[list[int]], data: st.DataObject
+) -> None:
+    chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=12))
+    picked = jagged(rows).select(torch.tensor(chosen, dtype=torch.int64))
+    assert plain(picked) == [rows[i] for i in chosen]
+
+
+@examples
+@given(rows=lists, max_length=st.integers(0, 7))
+def test_tail_keeps_the_last_entries(rows: list[list[int]], max_length: int) -> None:
+    expected = [row[max(0, len(row) - max_length) :] for row in rows]
+    assert plain(jagged(rows).tail(max_length)) == expected
+
+
+@examples
+@given(rows=lists)
+def test_filter_keeps_every_row(rows: list[list[int]]) -> None:
+    data = jagged(rows)
+    expected = [[value for value in row if value > 4] for row in rows]
+    assert plain(data.filter(data.values > 4)) == expected
+
+
+def test_jagged_refuses_wrong_shapes_and_dtypes() -> None:
+    with pytest.raises(ValueError, match=r"must be \(R \+ 1,\)"):
+        Jagged(torch.zeros(2), torch.tensor([[0, 2]]))
+    with pytest.raises(ValueError, match="int64"):
+        Jagged(torch.zeros(2), torch.tensor([0, 2], dtype=torch.int32))
+    with pytest.raises(ValueError, match="0 or more"):
+        jagged([[1]]).tail(-1)
+
+
+# --- the dataset --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> PreparedDataset:
+    """User 7 has items 30 10 20 40 in time order, user "5" has 10 50 only."""
+    log = tmp_path / "log.csv"
+    log.write_text("u,i,r,t\n7,10,2,2\n7,30,1,1\n5,10,5,1\n7,20,3,3\n7,40,4,4\n5,50,5,2\n")
+    columns = {"user": "u", "item": "i", "rating": "r", "timestamp": "t"}
+    config = DataConfig.model_validate({"format": "csv", "path": log, "columns": columns})
+    prepare(config, tmp_path / "out", seed=0)
+    return PreparedDataset.load(tmp_path / "out")
+
+
+def external(dataset: PreparedDataset, rows: Jagged) -> list[list[int]]:
+    return [dataset.items["external_id"].gather(row).to_list() for row in plain(rows)]
+
+
+def test_histories_end_with_the_named_split(dataset: PreparedDataset) -> None:
+    assert external(dataset, dataset.history("train")) == [[30, 10], [10, 50]]
+    assert external(dataset, dataset.history("valid")) == [[30, 10, 20], [10, 50]]
+    assert external(dataset, dataset.history("test")) == [[30, 10, 20, 40], [10, 50]]
+    assert external(dataset, dataset.interactions) == external(dataset, dataset.history("test"))
+
+
+def test_targets_are_exactly_the_named_split(dataset: PreparedDataset) -> None:
+    assert external(dataset, dataset.targets("valid")) == [[20], []]
+    assert external(dataset, dataset.targets("test")) == [[40], []]
+
+
+def test_tensors_have_the_promised_types(dataset: PreparedDataset) -> None:
+    assert dataset.interactions.values.dtype == torch.int64
+    assert dataset.split.dtype == torch.int8
+    assert dataset.rating is not None
+    assert dataset.rating.dtype == torch.float32
+    assert dataset.rating.tolist() == [1, 2, 3, 4, 5, 5]
+    assert dataset.timestamp is not None
+    assert dataset.timestamp.dtype == torch.float64
+    assert dataset.label is None
+    assert dataset.item_counts.tolist() == [2, 1, 1, 0, 0]
+    assert dataset.item_counts.dtype == torch.int64
+    assert (dataset.num_users, dataset.num_items) == (2, 5)
+    assert (dataset.manifest.num_users, dataset.manifest.num_items) == (2, 5)
+
+
+def test_integer_ids_are_found_by_number_and_by_text(dataset: PreparedDataset) -> None:
+    assert dataset.user_index(7) == dataset.user_index("7") == 0
+    assert dataset.item_index("10") == dataset.item_index(10) == 0
+    for unknown in ("07", "+7", "seven", "", "٧", 2**70):
+        with pytest.raises(DataError, match="ids are integers from 5 to 7"):
+            dataset.user_index(unknown)
+
+
+def test_unknown_text_id_names_the_nearest(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("user_id,item_id\nalice,1\nbob,x2\n")
+    config = DataConfig.model_validate({"format": "csv", "path": log})
+    prepare(config, tmp_path / "out", seed=0)
+    data = PreparedDataset.load(tmp_path / "out")
+    assert data.item_index(1) == data.item_index("1") == 0
+    with pytest.raises(DataError, match='did you mean "alice"'):
+        data.user_index("alise")

@@ -1,0 +1,35 @@
+"""Personalized recommendation from pretrained user and item representations."""
+
+from torchrec_pt.config import RunConfig, load_config
+
+__all__ = [
+    "Recommender",
+    "RunConfig",
+    "evaluate",
+    "export_run",
+    "finetune",
+    "load_config",
+    "prepare",
+    "pretrain",
+    "run",
+]
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Recommender": "recommender",
+    "evaluate": "pipeline",
+    "export_run": "pipeline",
+    "finetune": "pipeline",
+    "prepare": "pipeline",
+    "pretrain": "pipeline",
+    "run": "pipeline",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import torch and TorchRec (seconds) only when a stage is asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"torchrec_pt.{_LAZY[name]}"), name)

@@ -1,0 +1,135 @@
+"""Checkpoints: safetensors shards by torch.distributed.checkpoint, everything else JSON.
+
+    <folder>/step-00000120/
+        shard-*.safetensors   tensors, each rank its part; no pickle anywhere
+        state.json            position, metrics, configuration
+        complete.json         SHA-256 of every file; written last
+
+A checkpoint is written beside its place and renamed, so a folder that bears the
+right name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+
+from torchrec_pt.distributed import Ranks
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line."""
+
+
+def save(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], ranks: Ranks
+) -> Path:
+    """Write <folder>/step-<step>; all ranks call it.
+
+    Args:
+        tensors: plain tensors (alike on all ranks) and ShardedTensors.
+        state: what JSON can hold.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".step-{step:08d}.partial"
+    if ranks.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    # A 0-dim tensor has no slices to be read by.
+    flat = {name: t.reshape(1) if t.dim() == 0 else t for name, t in tensors.items()}
+    dcp.save(flat, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    if ranks.is_first:
+        (partial / "state.json").write_text(json.dumps(state, indent=1))
+        hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        (partial / "complete.json").write_text(json.dumps(hashes, indent=1))
+        for path in partial.iterdir():
+            _fsync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _fsync(folder)
+    dist.barrier()
+    return final
+
+
+def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Read the named tensors in place, whatever the ranks and the sharding that saved them.
+
+    Raises:
+        CheckpointError: a tensor that the checkpoint lacks or holds in another shape.
+    """
+    held = shapes(path)
+    flat = {name: t.reshape(1) if t.dim() == 0 else t for name, t in tensors.items()}
+    for name, tensor in flat.items():
+        if name not in held:
+            raise CheckpointError(f'{path}: holds no tensor "{name}"; it is of another model')
+        if held[name] != tuple(tensor.size()):
+            raise CheckpointError(
+                f'{path}: "{name}" is {held[name]}, the model wants {tuple(tensor.size())}; '
+                "use the configuration it was trained with"
+            )
+    dcp.load(dict(flat), storage_reader=HuggingFaceStorageReader(str(path)))
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a checkpoint."""
+    metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {name: tuple(value.size) for name, value in metadata.items()}  # type: ignore[union-attr]
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint, after its files were checked against their hashes.
+
+    Raises:
+        CheckpointError: incomplete or damaged.
+    """
+    try:
+        hashes: dict[str, str] = json.loads((path / "complete.json").read_text())
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path}: no complete checkpoint; use another one") from None
+    for name, expected in hashes.items():
+        if not (path / name).is_file() or _sha256(path / name) != expected:
+            raise CheckpointError(f"{path / name}: damaged or missing; use another checkpoint")
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    return state
+
+
+def saved(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def prune(folder: Path, keep_last: int, best: Path) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the best; the first rank alone calls."""
+    for path in saved(folder)[:-keep_last]:
+        if path != best:
+            shutil.rmtree(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

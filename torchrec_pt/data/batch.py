@@ -1,0 +1,153 @@
+"""A training batch, and the plan of lookups it is drawn from.
+
+One lookup a step: every item id that the objectives of a step need (histories,
+views, targets, negatives, this rank's slice of the catalogue) stands in ONE
+KeyedJaggedTensor, one key a table, so that a table whose optimizer is fused
+into backward is updated exactly once. The named segments below say whose ids
+are whose; an embedding lookup keeps their order, so the rows of a jagged
+feature need not be known to the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.rng import RowNoise
+
+ITEM = "item"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one rank starts a step from: some users' training histories.
+
+    Attributes:
+        histories: B jagged rows of item ids in time order.
+        noise: the randomness of these rows in this step.
+        weight: (B,) float32; 0 marks a padding row, whose history is empty.
+    """
+
+    histories: Jagged
+    noise: RowNoise
+    weight: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return self.histories.num_rows
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one objective makes of the rows: ids to look up, and labels or masks beside them."""
+
+    lookups: Mapping[str, Jagged] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A draw after the lookup: `vectors[name]` holds (T, D) rows in place of ids."""
+
+    vectors: Mapping[str, Jagged]
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass
+class Batch(Pipelineable):
+    """One rank's part of a step.
+
+    Attributes:
+        ids: all item ids of the step under the key "item", stride 1.
+        offsets: segment name -> (R + 1,) int64 row offsets; segments lie in `ids` in this order.
+        tensors: labels and masks, named like the segments: "<objective>.<name>".
+        rows, weight: (B,) as in `Rows`.
+    """
+
+    seed: int
+    step: int
+    rows: Tensor
+    weight: Tensor
+    ids: KeyedJaggedTensor
+    offsets: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+
+    @property
+    def noise(self) -> RowNoise:
+        return RowNoise(self.seed, self.step, self.rows)
+
+    def split(self, vectors: Tensor, owner: str) -> Embedded:
+        """The segments and tensors of `owner`, their ids replaced by the looked-up vectors."""
+        sizes = [int(offsets[-1]) for offsets in self.offsets.values()]
+        parts = dict(zip(self.offsets, vectors.split(sizes), strict=True))
+        prefix = owner + "."
+        return Embedded(
+            vectors={
+                name.removeprefix(prefix): Jagged(part, self.offsets[name])
+                for name, part in parts.items()
+                if name.startswith(prefix)
+            },
+            tensors={
+                name.removeprefix(prefix): tensor
+                for name, tensor in self.tensors.items()
+                if name.startswith(prefix)
+            },
+        )
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        return self._map(lambda value: value.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        return self._map(lambda value: value.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        self._map(lambda value: value.record_stream(stream) or value)
+
+    def _map(self, function: Any) -> Batch:
+        changed: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, dict):
+                changed[item.name] = {name: function(tensor) for name, tensor in value.items()}
+            elif not isinstance(value, int):
+                changed[item.name] = function(value)
+        return replace(self, **changed)
+
+
+def assemble(rows: Rows, draws: Mapping[str, Draw], catalogue: tuple[int, int] | None) -> Batch:
+    """Join the draws of all objectives (by name) into one batch with one lookup.
+
+    Args:
+        catalogue: [begin, end) of the item rows to look up as keys, or None for no such segment.
+    """
+    segments: dict[str, Jagged] = {}
+    tensors: dict[str, Tensor] = {}
+    for owner, draw in draws.items():
+        segments |= {f"{owner}.{name}": ids for name, ids in draw.lookups.items()}
+        tensors |= {f"{owner}.{name}": tensor for name, tensor in draw.tensors.items()}
+    if catalogue is not None:
+        ids = torch.arange(*catalogue)
+        segments["catalogue.items"] = Jagged(ids, torch.tensor([0, len(ids)]))
+    empty = rows.histories.values.new_zeros(0)
+    return Batch(
+        seed=rows.noise.seed,
+        step=rows.noise.step,
+        rows=rows.noise.rows,
+        weight=rows.weight,
+        ids=lookup_ids(torch.cat([empty, *(segment.values for segment in segments.values())])),
+        offsets={name: segment.offsets for name, segment in segments.items()},
+        tensors=tensors,
+    )
+
+
+def lookup_ids(ids: Tensor) -> KeyedJaggedTensor:
+    """(T,) item ids as the one-row KeyedJaggedTensor that the item table reads."""
+    lengths = torch.tensor([len(ids)], dtype=torch.int64, device=ids.device)
+    return KeyedJaggedTensor(keys=[ITEM], values=ids, lengths=lengths)

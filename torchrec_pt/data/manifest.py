@@ -1,0 +1,117 @@
+"""What a prepared dataset says about itself, and the error that bad data raises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from torchrec_pt.config import Columns, Feature, Filters, Section, Split
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+class DataError(ValueError):
+    """Data the user can mend; the message is one line: where: rule, what was given; what to do."""
+
+
+class FeatureSummary(Section):
+    """A feature and what training users, items or rows say about it.
+
+    `mean` and `std` belong to numeric features; `std` is 1 where the values do not vary, so that
+    (x - mean) / std is always defined. `num_values` counts the vocabulary of a categorical
+    feature with its unknown value, id 0. `dim` is the length of a vector.
+    """
+
+    feature: Feature
+    mean: float | None = None
+    std: float | None = None
+    num_values: int | None = None
+    dim: int | None = None
+
+
+class Source(Section):
+    """A raw file that was read."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+class Dropped(Section):
+    """Rows that each filter took."""
+
+    rating: int = 0
+    duplicates: int = 0
+    core: int = 0
+
+
+class Manifest(Section):
+    """The content of manifest.json. `files` gives the size in bytes of the files beside it."""
+
+    format_version: int
+    fingerprint: str
+    seed: int
+    columns: Columns
+    features: tuple[FeatureSummary, ...]
+    num_users: int
+    num_items: int
+    num_interactions: int
+    num_train: int
+    num_valid: int
+    num_test: int
+    split: Split
+    filters: Filters
+    dropped: Dropped
+    sources: tuple[Source, ...]
+    files: dict[str, int]
+
+
+def load_manifest(path: str | Path) -> Manifest:
+    """Read the manifest of the prepared dataset in the folder `path` and check its files' sizes.
+
+    Raises:
+        DataError: no prepared dataset there, a broken manifest, a format version that is not ours,
+            or a file that is absent or has another size than when it was written.
+    """
+    path = Path(path)
+    file = path / MANIFEST_NAME
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: holds no prepared dataset (no {MANIFEST_NAME}); prepare it first"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{file}: cannot be read, {reason}; remove the folder and prepare it again"
+        ) from None
+    if not isinstance(content, dict) or "format_version" not in content:
+        raise DataError(f"{file}: is no manifest of a prepared dataset; choose another folder")
+    version = content["format_version"]
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{file}: format version must be {FORMAT_VERSION}, found {version}; "
+            "remove the folder and prepare it again"
+        )
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise DataError(
+            f"{file}: broken at {key} ({first['msg']}); remove the folder and prepare it again"
+        ) from None
+    for name, num_bytes in manifest.files.items():
+        part = path / name
+        found = part.stat().st_size if part.is_file() else None
+        if found != num_bytes:
+            raise DataError(
+                f"{part}: must have {num_bytes} bytes, "
+                f"{'is missing' if found is None else f'has {found}'}; "
+                "remove the folder and prepare it again"
+            )
+    return manifest

@@ -1,0 +1,152 @@
+"""Full-catalogue ranking: the rank of each held-out item among everything else.
+
+Users come in blocks, and each rank scores a block against its own range of the
+catalogue; only counts and a few best items travel. Nothing of users × items is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchrec_pt.data.batch import lookup_ids
+from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.distributed import Ranks, gather_rows, sum_over_ranks
+from torchrec_pt.models.transformer import Transformer
+
+# (users (B,) int64) -> (B, N_r) float32 scores of the items in this rank's range
+Scorer = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Who is asked, what they may not be offered, and what they took.
+
+    Attributes:
+        users: (U,) int64 users with at least one target.
+        seen: U rows of items that are no candidates.
+        targets: U rows of held-out items, always candidates.
+    """
+
+    users: Tensor
+    seen: Jagged
+    targets: Jagged
+
+
+def held_out(dataset: PreparedDataset, split: Literal["valid", "test"]) -> HeldOut:
+    """The users with targets in `split`; all they took before counts as seen."""
+    targets = dataset.targets(split)
+    users = torch.nonzero(targets.lengths > 0).squeeze(1)
+    seen = dataset.history("train" if split == "valid" else "valid")
+    return HeldOut(users, seen.select(users), targets.select(users))
+
+
+@torch.no_grad()
+def rank_targets(
+    scorer: Scorer, asked: HeldOut, num_items: int, ranks: Ranks, batch_size: int
+) -> Jagged:
+    """Ranks from 1 of every target, U rows; equal scores rank by dense item id.
+
+    Every rank calls it, with the same users, and gets the same answer.
+    """
+    begin, end = ranks.part_of(num_items)
+    counted: list[Tensor] = []
+    for first, block in _blocks(asked.users, batch_size):
+        rows = torch.arange(first, first + len(block))
+        seen, targets = asked.seen.select(rows), asked.targets.select(rows)
+        scores = scorer(block)
+        row, item = targets.rows, targets.values - begin
+        is_held = (item >= 0) & (item < end - begin)
+        own = scores.new_zeros(len(row))
+        own[is_held] = scores[row[is_held], item[is_held]]
+        own = sum_over_ranks(own)
+        _hide(scores, seen, begin)
+        # Targets of long rows are taken in pieces of about the block's size.
+        ahead = [
+            _count_ahead(scores[r], o.unsqueeze(1), i)
+            for r, o, i in zip(
+                row.split(batch_size), own.split(batch_size), item.split(batch_size), strict=True
+            )
+        ]
+        counted.append(sum_over_ranks(torch.cat(ahead)) + 1)
+    return asked.targets.with_values(torch.cat(counted))
+
+
+def _count_ahead(scores: Tensor, own: Tensor, item: Tensor) -> Tensor:
+    """(T,) int64: items of this range that stand before the target. scores (T, N_r), item (T,)."""
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    is_tied_before = (scores == own) & (columns < item.unsqueeze(1))
+    return ((scores > own) | is_tied_before).sum(1)
+
+
+def _hide(scores: Tensor, seen: Jagged, begin: int) -> None:
+    item = seen.values - begin
+    is_held = (item >= 0) & (item < scores.shape[1])
+    scores[seen.rows[is_held], item[is_held]] = -torch.inf
+
+
+def _blocks(users: Tensor, batch_size: int) -> Iterator[tuple[int, Tensor]]:
+    first = 0
+    for block in users.split(batch_size):
+        yield first, block
+        first += len(block)
+
+
+class ModelScorer:
+    """Scores a block of users against this rank's range of the catalogue.
+
+    Args:
+        history: what each user took before, the rows of all users.
+    """
+
+    def __init__(self, backbone: Transformer, history: Jagged, ranks: Ranks) -> None:
+        self.users = UserEncoder(backbone, history, ranks)
+        begin, end = ranks.part_of(backbone.items.num_items)
+        with torch.no_grad():
+            self.keys = backbone.encode_items(backbone.items.rows(begin, end))
+
+    def __call__(self, users: Tensor) -> Tensor:
+        return self.users(users) @ self.keys.T
+
+
+class UserEncoder:
+    """(B,) users -> (B, D) vectors on every rank; each rank encodes its part of the block."""
+
+    def __init__(self, backbone: Transformer, history: Jagged, ranks: Ranks) -> None:
+        self.backbone = backbone
+        self.history = history
+        self.ranks = ranks
+
+    @torch.no_grad()
+    def __call__(self, users: Tensor) -> Tensor:
+        begin, end = self.ranks.part_of(len(users))
+        history = self.history.select(users[begin:end]).tail(self.backbone.history_length)
+        vectors = self.backbone.items(lookup_ids(history.values))
+        return gather_rows(self.backbone.encode_users(history.with_values(vectors)))
+
+
+def top_items(
+    scorer: Scorer, users: Tensor, seen: Jagged | None, k: int, num_items: int, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """The k best items of each user that are not in their row of `seen`.
+
+    Returns:
+        ids (B, k) int64 and scores (B, k) float32, best first; −inf where candidates ran out.
+    """
+    begin, _ = ranks.part_of(num_items)
+    scores = scorer(users)
+    if seen is not None:
+        _hide(scores, seen, begin)
+    best = scores.topk(min(k, scores.shape[1]), dim=1)
+    if dist.get_world_size() == 1:
+        return best.indices, best.values
+    ids = gather_rows((best.indices + begin).T.contiguous()).T
+    values = gather_rows(best.values.T.contiguous()).T
+    merged = values.topk(min(k, values.shape[1]), dim=1)
+    return ids.gather(1, merged.indices), merged.values

@@ -1,0 +1,81 @@
+"""A backbone with the objectives (or the task) that train it: one forward is one step's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_pt.data.batch import Batch, Rows, assemble
+from torchrec_pt.distributed import Ranks, sum_over_ranks
+from torchrec_pt.models.catalogue import Catalogue
+from torchrec_pt.models.transformer import Transformer
+from torchrec_pt.objectives.loss_term import LossTerm, Objective
+from torchrec_pt.sharding import Placement
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """Attributes:
+    loss: 0-dim, to differentiate: scaled so that averaging over ranks gives the global mean.
+    means: (num_objectives,) global means, detached, in the order of the objectives.
+    """
+
+    loss: Tensor
+    means: Tensor
+
+
+class Learner(nn.Module):
+    def __init__(
+        self,
+        backbone: Transformer,
+        objectives: Sequence[nn.Module],
+        placement: Placement,
+        ranks: Ranks,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.objectives = nn.ModuleDict({str(o.name): o for o in objectives})
+        self.ranks = ranks
+        self._scales = torch.tensor([float(o.scale) for o in self._objectives()])
+        self._needs_catalogue = any(o.needs_catalogue for o in self._objectives())
+        self._looks_up_catalogue = self._needs_catalogue and placement.fused is not None
+        self._catalogue_range = ranks.part_of(backbone.items.num_items)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.objectives)
+
+    def _objectives(self) -> list[Objective]:
+        return list(self.objectives.values())  # type: ignore[arg-type]
+
+    def draw(self, rows: Rows) -> Batch:
+        """This rank's batch of a step; reads no parameter, so it may run ahead of training."""
+        draws = {objective.name: objective.draw(rows) for objective in self._objectives()}
+        return assemble(rows, draws, self._catalogue_range if self._looks_up_catalogue else None)
+
+    def forward(self, batch: Batch) -> StepLoss:
+        vectors = self.backbone.items(batch.ids)
+        catalogue = self._catalogue(batch, vectors) if self._needs_catalogue else None
+        terms: list[LossTerm] = []
+        for objective in self._objectives():
+            drawn = batch.split(vectors, objective.name)
+            terms.append(
+                objective.loss(self.backbone, drawn, batch.noise, batch.weight, catalogue)
+            )
+        totals = torch.stack([term.total for term in terms])
+        weights = torch.stack([term.weight for term in terms])
+        sums = sum_over_ranks(torch.stack([totals, weights]))
+        global_weights = sums[1].clamp(min=torch.finfo(torch.float32).tiny)
+        scales = self._scales.to(totals.device) * self.ranks.world_size / global_weights
+        return StepLoss(loss=(totals * scales).sum(), means=sums[0] / global_weights)
+
+    def _catalogue(self, batch: Batch, vectors: Tensor) -> Catalogue:
+        if self._looks_up_catalogue:
+            rows = batch.split(vectors, "catalogue").vectors["items"].values
+            first = self._catalogue_range[0]
+        else:
+            rows, first = self.backbone.items.weight, 0
+        return Catalogue(self.backbone.encode_items(rows), first, self._looks_up_catalogue)

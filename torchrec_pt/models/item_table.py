@@ -1,0 +1,50 @@
+"""The item embeddings: a TorchRec collection whose row is the dense item id."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_pt.data.batch import ITEM, lookup_ids
+
+INIT_STD = 0.02  # as BERT4Rec and SASRec
+
+
+class ItemTable(nn.Module):
+    """(num_items, dim) float32 embeddings, on every rank or sharded over them.
+
+    Built on the meta device: `sharding.shard` decides where the rows live and then fills
+    them by row number, so that every placement starts from the same values.
+    """
+
+    def __init__(self, num_items: int, dim: int) -> None:
+        super().__init__()
+        self.num_items = num_items
+        self.dim = dim
+        config = EmbeddingConfig(
+            name=ITEM, num_embeddings=num_items, embedding_dim=dim, feature_names=[ITEM]
+        )
+        self.collection = EmbeddingCollection(tables=[config], device=torch.device("meta"))
+
+    @property
+    def is_sharded(self) -> bool:
+        return not isinstance(self.collection, EmbeddingCollection)
+
+    @property
+    def weight(self) -> Tensor:
+        """(num_items, dim), of a table that is not sharded."""
+        assert not self.is_sharded
+        return self.collection.embeddings[ITEM].weight
+
+    def forward(self, ids: KeyedJaggedTensor) -> Tensor:
+        """(T, dim) rows in the order of ids. With a sharded table every rank must call."""
+        return self.collection(ids)[ITEM].values()  # type: ignore[no-any-return]
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """(end − begin, dim) consecutive rows; each rank of a sharded table asks for its own."""
+        if not self.is_sharded:
+            return self.weight[begin:end]
+        return self(lookup_ids(torch.arange(begin, end)))

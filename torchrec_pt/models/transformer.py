@@ -1,0 +1,188 @@
+"""Self-attention over item histories: causal as SASRec, bidirectional as BERT4Rec.
+
+Kang, McAuley 2018 (SASRec) and Sun et al. 2019 (BERT4Rec), in pre-norm form.
+Tokens stay packed (T, D) through every layer but the attention itself, which
+pads a batch to its own longest history, so padding costs no other arithmetic.
+"""
+
+from __future__ import annotations
+
+import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchrec_pt import rng
+from torchrec_pt.config import ModelConfig
+from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.models.item_table import ItemTable
+from torchrec_pt.rng import RowNoise
+
+
+class Transformer(nn.Module):
+    """The transformer backbone; its item vectors are the rows of the item table.
+
+    A history's newest item always takes the last position, so a position means the same
+    number of steps into the past in histories of any length.
+    """
+
+    def __init__(self, config: ModelConfig, num_items: int) -> None:
+        super().__init__()
+        self.is_causal = config.attention == "causal"
+        self.dim = config.dim
+        self.max_length = config.max_length
+        self.dropout = config.dropout
+        self.items = ItemTable(num_items, config.dim)
+        self.mask = nn.Parameter(torch.empty(config.dim))
+        self.position = nn.Parameter(torch.empty(config.max_length, config.dim))
+        ffn_dim = config.ffn_dim or 4 * config.dim
+        self.blocks = nn.ModuleList(
+            Block(config.dim, config.num_heads, ffn_dim) for _ in range(config.num_layers)
+        )
+        self.norm = nn.LayerNorm(config.dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with deviation 0.02, biases 0 (BERT4Rec, section 3.6), from torch's generator."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.mask, std=0.02)
+        nn.init.normal_(self.position, std=0.02)
+
+    @property
+    def history_length(self) -> int:
+        """Items of a history that `encode_users` reads; a bidirectional model appends [MASK]."""
+        return self.max_length if self.is_causal else self.max_length - 1
+
+    def encode_items(self, rows: Tensor) -> Tensor:
+        """(N, D) item vectors from (N, D) rows of the item table."""
+        return rows
+
+    def encode_positions(
+        self,
+        tokens: Jagged,
+        noise: RowNoise | None,
+        *,
+        is_masked: Tensor | None = None,
+    ) -> Tensor:
+        """Contextual vectors of every token.
+
+        Args:
+            tokens: (T, D) item vectors in R rows of at most max_length.
+            noise: dropout's randomness, rows numbered as the tokens' rows; None for no dropout.
+            is_masked: (T,) bool, tokens to replace by [MASK].
+        Returns:
+            (T, D)
+        """
+        row, slot = tokens.rows, self._slot(tokens)
+        x = tokens.values
+        if is_masked is not None:
+            x = torch.where(is_masked.unsqueeze(1), self.mask, x)
+        x = x + self.position[slot]
+        drop = _Dropout(self.dropout, noise, "dropout", row, slot)
+        x = drop(x)
+        attention = _Attention(tokens.offsets, self.is_causal)
+        for block in self.blocks:
+            x = block(x, attention, drop)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def encode_users(
+        self,
+        history: Jagged,
+        noise: RowNoise | None = None,
+        *,
+        is_masked: Tensor | None = None,
+    ) -> Tensor:
+        """(R, D): what a user with this history takes next, read off the last position.
+
+        A bidirectional model reads it off a [MASK] after the history, which may be empty.
+        A causal model gives zeros for an empty history.
+        """
+        if not self.is_causal:
+            history, is_masked = self._append_mask(history, is_masked)
+        encoded = self.encode_positions(history, noise, is_masked=is_masked)
+        has_last = history.lengths > 0
+        last = (history.offsets[1:] - 1).clamp(min=0)
+        if not len(encoded):
+            return encoded.new_zeros(history.num_rows, self.dim)
+        return torch.where(has_last.unsqueeze(1), encoded[last], 0.0)
+
+    def _slot(self, tokens: Jagged) -> Tensor:
+        """(T,) row of `position` of each token: the newest takes the last."""
+        lengths = tokens.lengths[tokens.rows]
+        return self.max_length - lengths + tokens.positions
+
+    def _append_mask(self, history: Jagged, is_masked: Tensor | None) -> tuple[Jagged, Tensor]:
+        num_rows, device = history.num_rows, history.offsets.device
+        offsets = history.offsets + torch.arange(num_rows + 1, device=device)
+        old = torch.arange(len(history.values), device=device) + history.rows
+        total = len(history.values) + num_rows
+        values = history.values.new_zeros(total, self.dim).index_copy(0, old, history.values)
+        masked = torch.ones(total, dtype=torch.bool, device=device)
+        masked[old] = False if is_masked is None else is_masked
+        return Jagged(values, offsets), masked
+
+
+class Block(nn.Module):
+    """x + Attention(LN(x)), then x + FFN(LN(x)), on packed tokens (T, D)."""
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.ffn_norm = nn.LayerNorm(dim)
+        self.ffn_in = nn.Linear(dim, ffn_dim)
+        self.ffn_out = nn.Linear(ffn_dim, dim)
+
+    def forward(self, x: Tensor, attention: _Attention, drop: _Dropout) -> Tensor:
+        x = x + drop(self.out(attention(self.qkv(self.attention_norm(x)), self.num_heads)))
+        return x + drop(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x)))))
+
+
+class _Attention:
+    """Scaled dot-product attention within the rows of a packed batch."""
+
+    def __init__(self, offsets: Tensor, is_causal: bool) -> None:
+        self.offsets = offsets
+        self.is_causal = is_causal
+        lengths = offsets.diff()
+        self.longest = int(lengths.max()) if len(lengths) else 0
+        self.mask = None
+        if not is_causal:
+            # Rows are padded at their end. A causal query never looks there; others must not.
+            columns = torch.arange(self.longest, device=offsets.device)
+            is_key = columns < lengths.clamp(min=1).unsqueeze(1)
+            self.mask = is_key[:, None, None, :]
+
+    def __call__(self, qkv: Tensor, num_heads: int) -> Tensor:
+        """(T, 3 D) -> (T, D)"""
+        if not self.longest:
+            return qkv[:, : qkv.shape[1] // 3]
+        padded = torch.ops.fbgemm.jagged_to_padded_dense(qkv, [self.offsets], [self.longest], 0.0)
+        heads = padded.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(
+            heads[0], heads[1], heads[2], attn_mask=self.mask, is_causal=self.is_causal
+        )
+        packed = out.transpose(1, 2).flatten(2)
+        return torch.ops.fbgemm.dense_to_jagged(packed, [self.offsets], qkv.shape[0])[0]  # type: ignore[no-any-return]
+
+
+class _Dropout:
+    """Dropout of packed tokens, keyed by global row; each call is a new site."""
+
+    def __init__(
+        self, p: float, noise: RowNoise | None, name: str, row: Tensor, slot: Tensor
+    ) -> None:
+        self.p = p
+        self.site = 0
+        self.bits = noise.token_bits(name, row, slot) if noise is not None and p > 0 else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bits is None:
+            return x
+        self.site += 1
+        return rng.dropout(x, self.p, self.bits, self.site)

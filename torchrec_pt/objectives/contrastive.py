@@ -1,0 +1,170 @@
+"""Contrastive pretraining: two views of one history, or a user and the item that came next.
+
+views: NT-Xent (Chen et al. 2020, SimCLR, section 2.1) over augmented histories (Xie et al.
+2022, CL4SRec, section 3.2: crop, mask, reorder; Qiu et al. 2022, DuoRec: dropout alone).
+user_item: InfoNCE with in-batch negatives, corrected by their log frequency (Yi et al. 2019).
+Similarities are cosines; negatives come from all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchrec_pt.config import Contrastive, ModelConfig
+from torchrec_pt.data.batch import Draw, Embedded, Rows
+from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.distributed import gather_rows
+from torchrec_pt.models.catalogue import Catalogue
+from torchrec_pt.models.transformer import Transformer
+from torchrec_pt.objectives.loss_term import LossTerm
+from torchrec_pt.objectives.windows import draw_windows
+from torchrec_pt.ops.infonce import infonce_loss
+from torchrec_pt.rng import RowNoise
+
+
+class ContrastiveObjective(nn.Module):
+    """`item_counts` (num_items,): training counts, for the correction of in-batch negatives."""
+
+    needs_catalogue = False
+
+    def __init__(self, config: Contrastive, model: ModelConfig, item_counts: Tensor) -> None:
+        super().__init__()
+        self.name = config.name
+        self.scale = config.weight
+        self.config = config
+        self.max_length = model.max_length - 1  # leaves room for a bidirectional model's [MASK]
+        # exp keeps it positive while it is learned (CLIP, Radford et al. 2021, section 2.5).
+        log_temperature = torch.tensor(math.log(config.temperature))
+        self.log_temperature = nn.Parameter(log_temperature, requires_grad=config.learn_temperature)
+        share = item_counts.clamp(min=1) / item_counts.sum().clamp(min=1)
+        self.register_buffer("log_share", share.log().float(), persistent=False)
+
+    @property
+    def temperature(self) -> Tensor:
+        return self.log_temperature.exp()
+
+    # --- drawing ---------------------------------------------------------------------------
+
+    def draw(self, rows: Rows) -> Draw:
+        return self._draw_views(rows) if self.config.pairs == "views" else self._draw_pairs(rows)
+
+    def _draw_views(self, rows: Rows) -> Draw:
+        history = draw_windows(rows, self.max_length, "contrastive.window")
+        both = Jagged.stack([history, history])
+        views, is_masked = self._augment(both, rows.noise.copies(2))
+        return Draw(lookups={"views": views}, tensors={"is_masked": is_masked})
+
+    def _augment(self, history: Jagged, noise: RowNoise) -> tuple[Jagged, Tensor]:
+        """Each row by one of the configured augmentations; (jagged ids, (T,) bool masked)."""
+        lots = noise.per_row("contrastive.augment", 3)
+        names = self.config.augmentations
+        choice = (lots[:, 0] * len(names)).long().clamp(max=len(names) - 1)
+
+        def chosen(name: str) -> Tensor:
+            return choice == names.index(name) if name in names else choice < 0  # type: ignore[arg-type]
+
+        lengths = history.lengths
+        kept = (lengths * self.config.crop_fraction).long().clamp(min=1).minimum(lengths)
+        start = (lots[:, 1] * (lengths - kept + 1)).long().minimum(lengths - kept)
+        is_crop = chosen("crop")
+        history = history.windows(
+            torch.where(is_crop, start, 0), torch.where(is_crop, kept, lengths)
+        )
+        row, position = history.rows, history.positions
+
+        is_masked = noise.per_token("contrastive.mask", row, position) < self.config.mask_fraction
+        is_masked &= chosen("mask")[row]
+
+        length = (lengths * self.config.reorder_fraction).long()
+        begin = (lots[:, 2] * (lengths - length + 1)).long().minimum(lengths - length)
+        is_shuffled = chosen("reorder")[row]
+        is_shuffled &= (position >= begin[row]) & (position < (begin + length)[row])
+        lot = noise.per_token("contrastive.reorder", row, position).double()
+        place = torch.where(is_shuffled, begin[row] + lot * length[row], position.double())
+        order = torch.argsort(row * (float(self.max_length) + 1) + place, stable=True)
+        return history.with_values(history.values[order]), is_masked
+
+    def _draw_pairs(self, rows: Rows) -> Draw:
+        # The item right after a drawn window; the window may be empty for a bidirectional model.
+        window = draw_windows(rows, self.max_length + 1, "contrastive.window")
+        lengths = window.lengths
+        has_target = lengths > 1
+        history = window.windows(0 * lengths, (lengths - 1).clamp(min=0))
+        last = (window.offsets[1:] - 1).clamp(min=0)
+        target = torch.where(has_target, window.values[last], 0) if len(window.values) else 0 * last
+        one_each = torch.arange(rows.num_rows + 1)
+        return Draw(
+            lookups={"history": history, "item": Jagged(target, one_each)},
+            tensors={"item": target, "has_target": has_target},
+        )
+
+    # --- loss ------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        backbone: Transformer,
+        drawn: Embedded,
+        noise: RowNoise,
+        weight: Tensor,
+        catalogue: Catalogue | None,
+    ) -> LossTerm:
+        if self.config.pairs == "views":
+            return self._views_loss(backbone, drawn, noise, weight)
+        return self._pairs_loss(backbone, drawn, noise, weight)
+
+    def _views_loss(
+        self, backbone: Transformer, drawn: Embedded, noise: RowNoise, weight: Tensor
+    ) -> LossTerm:
+        encoded = backbone.encode_users(
+            drawn.vectors["views"], noise.copies(2), is_masked=drawn.tensors["is_masked"]
+        )
+        view = F.normalize(encoded, dim=1)
+        weight = weight.repeat(2)
+        own = _first_gathered(view) + torch.arange(len(view), device=view.device)
+        total = infonce_loss(
+            view,
+            gather_rows(view),
+            own.roll(len(view) // 2),
+            temperature=self.temperature,
+            self_index=own,
+            log_q=_without_padding(gather_rows(weight)),
+            row_weight=weight,
+            reduction="sum",
+        )
+        return LossTerm(total, weight.sum())
+
+    def _pairs_loss(
+        self, backbone: Transformer, drawn: Embedded, noise: RowNoise, weight: Tensor
+    ) -> LossTerm:
+        user = F.normalize(backbone.encode_users(drawn.vectors["history"], noise), dim=1)
+        item = F.normalize(backbone.encode_items(drawn.vectors["item"].values), dim=1)
+        weight = weight * drawn.tensors["has_target"]
+        ids, key_weight = gather_rows(drawn.tensors["item"]), gather_rows(weight)
+        # An item is among the negatives as often as its share of the training data says.
+        log_expected_count = self.log_share[ids] + key_weight.sum().clamp(min=1).log()
+        total = infonce_loss(
+            user,
+            gather_rows(item),
+            _first_gathered(item) + torch.arange(len(item), device=item.device),
+            temperature=self.temperature,
+            log_q=log_expected_count + _without_padding(key_weight),
+            key_ids=ids,
+            row_weight=weight,
+            reduction="sum",
+        )
+        return LossTerm(total, weight.sum())
+
+
+def _first_gathered(rows: Tensor) -> int:
+    """Where this rank's rows begin among the gathered ones; every rank holds equally many."""
+    return dist.get_rank() * len(rows)
+
+
+def _without_padding(weight: Tensor) -> Tensor:
+    """log_q that takes keys of weight 0 out of the softmax."""
+    return torch.where(weight > 0, 0.0, torch.inf)

@@ -1,0 +1,52 @@
+"""The face that every pretraining objective and fine-tuning task shows to the learner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from torchrec_pt.data.batch import Draw, Embedded, Rows
+from torchrec_pt.models.catalogue import Catalogue
+from torchrec_pt.models.transformer import Transformer
+from torchrec_pt.rng import RowNoise
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One objective's share of a step on this rank.
+
+    Attributes:
+        total: 0-dim, Σ weight · loss over this rank's rows; its gradient is that of the sum
+            over all ranks.
+        weight: 0-dim, Σ weight over this rank's rows.
+    """
+
+    total: Tensor
+    weight: Tensor
+
+
+class Objective(Protocol):
+    """`draw` turns rows into lookups and labels, without parameters; `loss` is the rest.
+
+    Attributes:
+        name: as in the configuration.
+        scale: its weight in the sum of objectives.
+        needs_catalogue: whether `loss` reads the catalogue.
+    """
+
+    name: str
+    scale: float
+    needs_catalogue: bool
+
+    def draw(self, rows: Rows) -> Draw: ...
+
+    def loss(
+        self,
+        backbone: Transformer,
+        drawn: Embedded,
+        noise: RowNoise,
+        weight: Tensor,
+        catalogue: Catalogue | None,
+    ) -> LossTerm: ...

@@ -1,0 +1,16 @@
+"""The Python face of the compiled operators in csrc: wrapper, fake, autograd, float64 reference."""
+
+import torch  # noqa: F401 - loads the libraries that _C is linked to
+
+try:
+    from torchrec_pt import _C
+except ImportError as error:
+    raise ImportError(
+        f"torchrec_pt: the operators of csrc cannot be loaded ({error}); run `make setup`"
+    ) from error
+
+from torchrec_pt.ops.infonce import infonce_logsumexp, infonce_loss
+
+build_info = _C.build_info
+
+__all__ = ["build_info", "infonce_logsumexp", "infonce_loss"]

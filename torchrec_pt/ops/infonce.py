@@ -1,0 +1,205 @@
+"""InfoNCE whose memory is linear in the batch (formula: csrc/infonce/infonce.h)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["none", "mean", "sum"]
+
+
+def infonce_loss(
+    query: Tensor,
+    keys: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    log_q: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_query_ids: Tensor | None = None,
+    self_index: Tensor | None = None,
+    log_q_positive: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Cross-entropy of each query's own key among all keys.
+
+    With s_ij = q_i·k_j / τ − log_q_j + key_bias_j the loss of row i is logsumexp over the
+    allowed j of s_ij, minus s_it for its target t. The target is always allowed; it takes
+    log_q_positive_i in the place of log_q_t. (B, N) logits are never held.
+
+    Args:
+        query: (B, D) float32, bfloat16, float16 or float64.
+        keys: (N, D); 16-bit queries against float32 keys are welcome.
+        target: (B,) int64 in [0, N); default arange(B).
+        temperature: τ > 0; a 0-dim tensor receives its gradient.
+        log_q: (N,) log of each key's expected count as a negative, a constant; +inf removes
+            the key as a negative.
+        key_ids: (N,) int64; a key with the id of the row's target is no negative.
+        query_ids, key_query_ids: (B,) and (N,) int64; a key of the row's own query id is no
+            negative. key_query_ids defaults to query_ids where N = B.
+        self_index: (B,) int64; this key is no negative. Outside [0, N) it masks nothing.
+        log_q_positive: (B,) constant; default 0.
+        key_bias: (N,), has a gradient.
+        row_weight: (B,); a row of weight 0 gives 0 and no gradient, whatever it holds.
+        reduction: "none" gives (B,), "sum" Σ w·loss, "mean" that over Σ w (0 where Σ w = 0).
+    Returns:
+        float32 (float64 for float64 inputs). There is no second derivative.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or a target is outside [0, N).
+    """
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f'infonce: reduction must be "none", "mean" or "sum", got "{reduction}"')
+    num_rows = query.shape[0]
+    if row_weight is not None and row_weight.shape != (num_rows,):
+        raise ValueError(
+            f"infonce: row_weight must have shape ({num_rows},), got {tuple(row_weight.shape)}"
+        )
+    if target is None:
+        target = torch.arange(num_rows, device=query.device)
+    lse, positive, _, _ = torch.ops.torchrec_pt.infonce_forward(
+        query,
+        keys,
+        target,
+        _temperature_tensor(temperature),
+        log_q,
+        key_ids,
+        query_ids,
+        _key_query_ids(query, keys, query_ids, key_query_ids),
+        self_index,
+        log_q_positive,
+        key_bias,
+    )
+    loss = lse - positive
+    total_weight: float | Tensor = max(num_rows, 1)
+    if row_weight is not None:
+        row_weight = row_weight.to(loss.dtype)
+        loss = torch.where(row_weight == 0, 0, loss) * row_weight
+        sum_weight = row_weight.sum()
+        total_weight = torch.where(sum_weight == 0, 1, sum_weight)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / total_weight
+
+
+def infonce_logsumexp(
+    query: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    log_q: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_query_ids: Tensor | None = None,
+    self_index: Tensor | None = None,
+) -> Tensor:
+    """The (B,) logsumexp over the allowed keys; arguments and errors as in infonce_loss.
+
+    Ranks that each hold a part of the keys merge theirs by logaddexp. A row without an
+    allowed key is -inf, with gradient zero.
+    """
+    lse, _, _, _ = torch.ops.torchrec_pt.infonce_forward(
+        query,
+        keys,
+        None,
+        _temperature_tensor(temperature),
+        log_q,
+        None,
+        query_ids,
+        _key_query_ids(query, keys, query_ids, key_query_ids),
+        self_index,
+        None,
+        key_bias,
+    )
+    return lse
+
+
+def _temperature_tensor(temperature: float | Tensor) -> Tensor:
+    if isinstance(temperature, Tensor):
+        return temperature
+    return torch.tensor(temperature, dtype=torch.float64)
+
+
+def _key_query_ids(
+    query: Tensor, keys: Tensor, query_ids: Tensor | None, key_query_ids: Tensor | None
+) -> Tensor | None:
+    if key_query_ids is None and query_ids is not None and query.shape[0] == keys.shape[0]:
+        return query_ids
+    return key_query_ids
+
+
+# --- what torch.compile and autograd need -------------------------------------------------------
+
+
+def _result_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("torchrec_pt::infonce_forward")
+def _fake_forward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row = query.new_empty((query.shape[0],), dtype=_result_dtype(query))
+    return row, torch.empty_like(row), torch.empty_like(row), torch.empty_like(row)
+
+
+@torch.library.register_fake("torchrec_pt::infonce_backward")
+def _fake_backward(
+    grad_lse: Tensor, grad_positive: Tensor, lse: Tensor, query: Tensor, keys: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    key_bias: Tensor | None = rest[-1]
+    grad_bias = (
+        lse.new_empty((0,))
+        if key_bias is None
+        else keys.new_empty((keys.shape[0],), dtype=key_bias.dtype)
+    )
+    return query.new_empty(query.shape), keys.new_empty(keys.shape), grad_bias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]) -> None:
+    lse, _, expected_dot, positive_dot = output
+    ctx.mark_non_differentiable(expected_dot, positive_dot)
+    ctx.save_for_backward(lse, expected_dot, positive_dot, *inputs)
+
+
+def _backward(
+    ctx: Any, grad_lse: Tensor, grad_positive: Tensor, *_: Any
+) -> tuple[Tensor | None, ...]:
+    lse, expected_dot, positive_dot, *inputs = ctx.saved_tensors
+    grad_query, grad_keys, grad_key_bias = torch.ops.torchrec_pt.infonce_backward(
+        grad_lse, grad_positive, lse, *inputs
+    )
+    temperature, key_bias = inputs[3], inputs[10]
+    grad_temperature = None
+    if ctx.needs_input_grad[3]:
+        # s = q·k / τ + …, so ds/dτ = −q·k / τ². A row without upstream may hold inf.
+        row = torch.where(grad_lse == 0, 0, grad_lse * expected_dot)
+        row = row + torch.where(grad_positive == 0, 0, grad_positive * positive_dot)
+        row = torch.where(lse == -torch.inf, 0, row)
+        grad_temperature = (-row.sum() / temperature.to(row.dtype) ** 2).to(temperature)
+    return (
+        grad_query,
+        grad_keys,
+        *(None,),  # target
+        grad_temperature,
+        *(None,) * 6,  # log_q, ids, self_index, log_q_positive
+        None if key_bias is None else grad_key_bias,
+    )
+
+
+def _refuse_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise NotImplementedError("infonce: there is no second derivative (double backward)")
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+torch.library.register_autograd(
+    "torchrec_pt::infonce_forward", _backward, setup_context=_setup_context
+)
+torch.library.register_autograd(
+    "torchrec_pt::infonce_backward", _refuse_double_backward, setup_context=_keep_nothing
+)

@@ -1,0 +1,55 @@
+"""Every operator once more as its bare formula, in float64 PyTorch that holds everything."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def infonce_logits(
+    query: Tensor,
+    keys: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    log_q: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_query_ids: Tensor | None = None,
+    self_index: Tensor | None = None,
+    log_q_positive: Tensor | None = None,
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    """(B, N) float64: s_ij, with -inf where j is not allowed."""
+    num_rows, num_keys = query.shape[0], keys.shape[0]
+    key_index = torch.arange(num_keys)
+    logits = query.double() @ keys.double().T / temperature
+    if key_bias is not None:
+        logits = logits + key_bias.double()
+    negative_logits = logits if log_q is None else logits - log_q.double()
+
+    forbidden = torch.zeros(num_rows, num_keys, dtype=torch.bool)
+    if key_ids is not None:
+        assert target is not None
+        forbidden |= key_ids == key_ids[target][:, None]
+    if query_ids is not None:
+        forbidden |= (query_ids if key_query_ids is None else key_query_ids) == query_ids[:, None]
+    if self_index is not None:
+        forbidden |= key_index == self_index[:, None]
+    negative_logits = negative_logits.masked_fill(forbidden, -torch.inf)
+    if target is None:
+        return negative_logits
+
+    if log_q_positive is not None:
+        logits = logits - log_q_positive.double()[:, None]
+    return torch.where(key_index == target[:, None], logits, negative_logits)
+
+
+def infonce_loss_rows(
+    query: Tensor, keys: Tensor, target: Tensor | None = None, **options: Tensor | float | None
+) -> Tensor:
+    """(B,) float64: logsumexp_j s_ij − s_it, the losses before weights and reduction."""
+    if target is None:
+        target = torch.arange(query.shape[0])
+    logits = infonce_logits(query, keys, target, **options)  # type: ignore[arg-type]
+    return logits.logsumexp(1) - logits.gather(1, target[:, None]).squeeze(1)

@@ -1,0 +1,99 @@
+"""Optimizers of a stage: AdamW for what DDP holds, fused ones for sharded tables, one schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed import DistributedModelParallel
+from torchrec.optim.keyed import KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from torchrec_pt.config import TrainConfig
+from torchrec_pt.sharding import Placement
+
+
+class Optimizers:
+    """The dense optimizer, the fused ones, and the learning rate that both follow."""
+
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        config: TrainConfig,
+        placement: Placement,
+        num_steps: int,
+    ) -> None:
+        if config.clip_norm is not None and placement.fused is not None:
+            raise ValueError(
+                "clip_norm: a sharded table is updated inside backward, before a global norm is "
+                'known; drop clip_norm, or set model.item_table.placement to "replicated"'
+            )
+        self.config = config
+        self.num_steps = num_steps
+        self.fused = model.fused_optimizer
+        parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+        self.parameters = {n: p for n, p in parameters.items() if p.requires_grad}
+        self.dense = KeyedOptimizerWrapper(
+            self.parameters,
+            lambda params: torch.optim.AdamW(
+                _decay_groups(params, config.weight_decay), lr=config.learning_rate, fused=True
+            ),
+        )
+        self._base_rates = [
+            (group, group["lr"])
+            for optimizer in (self.dense, self.fused)
+            for group in optimizer.param_groups
+        ]
+
+    def step(self) -> None:
+        """Clip and apply the dense gradients; fused tables were updated in backward."""
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm)
+        self.dense.step()
+
+    def prepare(self, step: int) -> None:
+        """Set step's learning rate and clear the gradients; call it before forward."""
+        factor = schedule_factor(self.config, step, self.num_steps)
+        for group, rate in self._base_rates:
+            group["lr"] = rate * factor
+        self.dense.zero_grad()
+        self.fused.step()  # hands the learning rate to the kernels; the rows are not touched
+
+    def init_state(self) -> None:
+        """Make the dense state exist, so that a checkpoint can be loaded into it."""
+        saved = [p.detach().clone() for p in self.parameters.values()]
+        self.dense.init_state()
+        self.dense.zero_grad()
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters.values(), saved, strict=True):
+                parameter.copy_(value)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors of both, named "<parameter>.<what>"; ShardedTensors where a table is sharded."""
+        return {
+            f"{name}.{what}": value
+            for optimizer in (self.dense, self.fused)
+            for name, values in optimizer.state_dict()["state"].items()
+            for what, value in values.items()
+        }
+
+
+def schedule_factor(config: TrainConfig, step: int, num_steps: int) -> float:
+    """Learning rate of `step` (from 0) over the base rate: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    if config.schedule == "linear":
+        return max(0.0, 1 - done)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _decay_groups(params: list[Tensor], weight_decay: float) -> list[dict[str, object]]:
+    """Biases, norms and single vectors are not decayed."""
+    return [
+        {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,103 @@
+"""The serving face: a trained run, asked by external ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchrec_pt.build import load_backbone
+from torchrec_pt.data.batch import lookup_ids
+from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.distributed import Ranks, join_ranks
+from torchrec_pt.evaluate import ModelScorer, top_items
+from torchrec_pt.models.transformer import Transformer
+from torchrec_pt.runs import load_run
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One offered item; `features` are its columns in items.parquet."""
+
+    item: str | int
+    score: float
+    features: dict[str, object]
+
+
+class Recommender:
+    """Answers from one backbone and the dataset it was trained on.
+
+    Under several ranks all of them ask the same questions and get the same answers.
+    """
+
+    def __init__(self, backbone: Transformer, dataset: PreparedDataset, ranks: Ranks) -> None:
+        self.backbone = backbone
+        self.dataset = dataset
+        self.ranks = ranks
+        self._history = dataset.history("test")
+        self._scorer = ModelScorer(backbone, self._history, ranks)
+
+    @classmethod
+    def load(cls, run_dir: str | Path) -> Recommender:
+        """The best model of a finished run: fine-tuned for ranking, or else pretrained.
+
+        Raises:
+            ValueError: no finished run there.
+        """
+        ranks = join_ranks()
+        run = load_run(Path(run_dir))
+        dataset = PreparedDataset.load(run.config.prepared_dir)
+        backbone = load_backbone(run.config, run.serving.checkpoint, dataset.num_items, ranks)
+        return cls(backbone, dataset, ranks)
+
+    def recommend(
+        self,
+        user: str | int | None = None,
+        *,
+        history: Sequence[str | int] | None = None,
+        k: int = 10,
+        exclude_seen: bool = True,
+    ) -> list[Recommendation]:
+        """The k best items for a known user, or for anybody with this history.
+
+        Args:
+            user: external id. history: external item ids, oldest first. Exactly one is given.
+        Raises:
+            ValueError: both or neither given.  DataError: an unknown id.
+        """
+        if (user is None) == (history is None):
+            raise ValueError("recommend: give either user or history")
+        if user is not None:
+            seen = self._history.select(torch.tensor([self.dataset.user_index(user)]))
+        else:
+            ids = [self.dataset.item_index(item) for item in history or ()]
+            seen = Jagged(torch.tensor(ids, dtype=torch.int64), torch.tensor([0, len(ids)]))
+        vector = self._encode(seen)
+        ids_, scores = top_items(
+            lambda _: vector @ self._scorer.keys.T,
+            torch.zeros(1, dtype=torch.int64),
+            seen if exclude_seen else None,
+            k,
+            self.dataset.num_items,
+            self.ranks,
+        )
+        return self._answers(ids_[0], scores[0])
+
+    @torch.no_grad()
+    def _encode(self, history: Jagged) -> Tensor:
+        history = history.tail(self.backbone.history_length)
+        vectors = self.backbone.items(lookup_ids(history.values))
+        return self.backbone.encode_users(history.with_values(vectors))
+
+    def _answers(self, ids: Tensor, scores: Tensor) -> list[Recommendation]:
+        is_candidate = torch.isfinite(scores)
+        rows = self.dataset.items[ids[is_candidate].tolist()].to_dicts()
+        return [
+            Recommendation(row.pop("external_id"), score, row)
+            for row, score in zip(rows, scores[is_candidate].tolist(), strict=True)
+        ]
+

@@ -1,0 +1,92 @@
+"""Ranking: which item a user takes next, by the inner product of user and item vectors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchrec_pt.config import ModelConfig, RankingConfig
+from torchrec_pt.data.batch import Draw, Embedded, Rows
+from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.models.catalogue import Catalogue
+from torchrec_pt.models.transformer import Transformer
+from torchrec_pt.objectives.loss_term import LossTerm
+from torchrec_pt.rng import RowNoise
+
+
+class RankingTask(nn.Module):
+    """Histories are cut at random; the item after the cut is to rank above the others.
+
+    softmax: listwise over the whole catalogue.  bpr: pairwise against sampled items that the
+    user never took in training (Rendle et al. 2009).
+    """
+
+    name = "ranking"
+    scale = 1.0
+
+    def __init__(self, config: RankingConfig, model: ModelConfig, num_items: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_items = num_items
+        self.max_length = model.max_length - (model.attention == "bidirectional")
+        self.needs_catalogue = config.loss == "softmax"
+
+    def draw(self, rows: Rows) -> Draw:
+        copies = self.config.targets_per_user
+        histories = Jagged.stack([rows.histories] * copies)
+        noise = rows.noise.copies(copies)
+        lengths = histories.lengths
+        has_target = lengths > 1  # the first item has no history to be predicted from
+        lot = noise.per_row("ranking.cut", 1).squeeze(1)
+        cut = 1 + (lot * (lengths - 1)).long().clamp(min=0)
+        cut = torch.where(has_target, cut.minimum(lengths - 1), 0)
+        read = cut.clamp(max=self.max_length)
+        history = histories.windows(cut - read, read)
+        at = histories.offsets[:-1] + cut
+        target = torch.zeros_like(cut)
+        target[has_target] = histories.values[at[has_target]]
+        tensors = {"target": target, "weight": rows.weight.repeat(copies) * has_target}
+        if self.config.loss == "softmax":
+            return Draw(lookups={"history": history}, tensors=tensors)
+
+        lots = noise.per_row("ranking.negatives", self.config.num_negatives)
+        negatives = (lots.double() * self.num_items).long()
+        row = torch.arange(len(cut))
+        taken = histories.rows * self.num_items + histories.values
+        is_allowed = ~torch.isin(row.unsqueeze(1) * self.num_items + negatives, taken)
+        one_each = torch.arange(len(cut) + 1)
+        return Draw(
+            lookups={
+                "history": history,
+                "target": Jagged(target, one_each),
+                "negatives": Jagged(negatives.flatten(), one_each * self.config.num_negatives),
+            },
+            tensors=tensors | {"is_allowed": is_allowed},
+        )
+
+    def loss(
+        self,
+        backbone: Transformer,
+        drawn: Embedded,
+        noise: RowNoise,
+        weight: Tensor,
+        catalogue: Catalogue | None,
+    ) -> LossTerm:
+        noise = noise.copies(self.config.targets_per_user)
+        user = backbone.encode_users(drawn.vectors["history"], noise)
+        row_weight = drawn.tensors["weight"]
+        temperature = self.config.temperature
+        if self.config.loss == "softmax":
+            assert catalogue is not None
+            target = drawn.tensors["target"]
+            total = catalogue.softmax_loss(user, target, row_weight, temperature=temperature)
+            return LossTerm(total, row_weight.sum())
+
+        positive = backbone.encode_items(drawn.vectors["target"].values)
+        negatives = backbone.encode_items(drawn.vectors["negatives"].values)
+        negatives = negatives.unflatten(0, (len(user), self.config.num_negatives))
+        margin = (user * positive).sum(1, keepdim=True) - torch.einsum("bd,bnd->bn", user, negatives)
+        pair_weight = row_weight.unsqueeze(1) * drawn.tensors["is_allowed"]
+        loss = F.softplus(-margin / temperature)
+        return LossTerm((loss * pair_weight).sum(), pair_weight.sum())

@@ -1,0 +1,227 @@
+"""The training loop that pretraining and fine-tuning share."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchrec.distributed import DistributedModelParallel
+
+from torchrec_pt import checkpoint
+from torchrec_pt.config import TrainConfig
+from torchrec_pt.data.batch import Rows
+from torchrec_pt.data.loader import HistoryLoader
+from torchrec_pt.distributed import Ranks
+from torchrec_pt.learner import Learner, StepLoss
+from torchrec_pt.optim import Optimizers
+from torchrec_pt.progress import StageProgress
+
+# A metric on the validation split; larger is better.
+Validate = Callable[[], dict[str, float]]
+MONITOR = "ndcg@10"
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line."""
+
+
+@dataclass
+class Position:
+    """How far a stage has come; saved with every checkpoint.
+
+    Attributes:
+        curve: one entry per validation: epoch, mean losses since the last one, metrics.
+        best: the entry of `curve` with the best monitored metric, and its step.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    best_step: int = 0
+    best_metric: float = -math.inf
+    validations_since_best: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+class Trainer:
+    """One stage: a sharded learner, its optimizers, and the folder it leaves behind.
+
+    Args:
+        learner: the module inside `model`.
+        fingerprint: names the configuration and inputs; a checkpoint of another one is not resumed.
+    """
+
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        learner: Learner,
+        optimizers: Optimizers,
+        loader: HistoryLoader,
+        config: TrainConfig,
+        *,
+        name: str,
+        folder: Path,
+        fingerprint: str,
+        ranks: Ranks,
+        console: Console | None,
+    ) -> None:
+        self.model = model
+        self.learner = learner
+        self.optimizers = optimizers
+        self.loader = loader
+        self.config = config
+        self.name = name
+        self.folder = folder
+        self.fingerprint = fingerprint
+        self.ranks = ranks
+        self.console = console
+        self.position = Position()
+
+    @property
+    def num_steps(self) -> int:
+        return self.config.epochs * self.loader.steps_per_epoch
+
+    def run(self, validate: Validate) -> Position:
+        """Train to the end or until patience runs out, then load the best checkpoint.
+
+        Raises:
+            TrainingError: the loss became NaN or infinite.
+        """
+        writer = SummaryWriter(str(self.folder / "tensorboard")) if self.ranks.is_first else None
+        if not self._resume():
+            self._validate_and_save(validate, {}, writer)
+        console = self.console if self.ranks.is_first else None
+        with StageProgress(console, self.name, self.num_steps, self.position.step) as progress:
+            while self.position.epoch < self.config.epochs and not self._is_out_of_patience():
+                losses = self._train_epoch(progress, writer)
+                self.position.epoch += 1
+                if self.position.epoch % self.config.validate_every == 0 or self._is_last_epoch():
+                    self._validate_and_save(validate, losses, writer)
+                    progress.note(f"valid {MONITOR} {self.position.curve[-1][MONITOR]:.4f}")
+            progress.note(f"best valid {MONITOR} {self.position.best_metric:.4f}")
+        if writer is not None:
+            writer.close()
+        checkpoint.load(self.best_checkpoint, self._model_tensors())
+        return self.position
+
+    @property
+    def best_checkpoint(self) -> Path:
+        return self._checkpoints / f"step-{self.position.best_step:08d}"
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _is_last_epoch(self) -> bool:
+        return self.position.epoch == self.config.epochs
+
+    def _is_out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.position.validations_since_best >= patience
+
+    # --- steps -----------------------------------------------------------------------------
+
+    def _train_epoch(
+        self, progress: StageProgress, writer: SummaryWriter | None
+    ) -> dict[str, float]:
+        """One pass over the users; mean of each objective's loss over its steps."""
+        self.model.train()
+        total = torch.zeros(len(self.learner.names))
+        for rows in self.loader.steps(self.position.epoch):
+            means = self.step(rows).means.cpu()
+            total += means
+            loss = float(means.sum())
+            if writer is not None:
+                for name, mean in zip(self.learner.names, means.tolist(), strict=True):
+                    writer.add_scalar(f"loss/{name}", mean, self.position.step)
+            progress.advance(loss, rows.num_rows * self.ranks.world_size)
+        mean = total / self.loader.steps_per_epoch
+        return {
+            f"loss/{n}": value for n, value in zip(self.learner.names, mean.tolist(), strict=True)
+        }
+
+    def step(self, rows: Rows) -> StepLoss:
+        """Forward, backward and update on this rank's rows of one global batch."""
+        self.optimizers.prepare(self.position.step)
+        batch = self.learner.draw(rows).to(self.ranks.device)
+        out: StepLoss = self.model(batch)
+        if not bool(torch.isfinite(out.means).all()):
+            raise TrainingError(self._not_finite(out.means, rows))
+        out.loss.backward()
+        self.optimizers.step()
+        self.position.step += 1
+        return out
+
+    def _not_finite(self, means: Tensor, rows: Rows) -> str:
+        values = ", ".join(
+            f"{name} {mean}" for name, mean in zip(self.learner.names, means.tolist(), strict=True)
+        )
+        good = checkpoint.saved(self._checkpoints)
+        items = rows.histories.values.unique()[:10].tolist()
+        return (
+            f"{self.name}: loss is not finite at step {self.position.step} ({values}); "
+            f"rank {self.ranks.rank} held {rows.num_rows} rows with items {items} …; "
+            f"last good checkpoint: {good[-1] if good else 'none'}; lower the learning rate"
+        )
+
+    # --- checkpoints -----------------------------------------------------------------------
+
+    def _validate_and_save(
+        self, validate: Validate, losses: dict[str, float], writer: SummaryWriter | None
+    ) -> None:
+        self.model.eval()
+        metrics = validate()
+        position = self.position
+        position.curve.append({"epoch": position.epoch, "step": position.step, **losses, **metrics})
+        if metrics[MONITOR] > position.best_metric:
+            position.best_metric, position.best_step = metrics[MONITOR], position.step
+            position.validations_since_best = 0
+        else:
+            position.validations_since_best += 1
+        if writer is not None:
+            for name, value in metrics.items():
+                writer.add_scalar(f"valid/{name}", value, position.step)
+        tensors = self._model_tensors() | self._optimizer_tensors()
+        state: dict[str, Any] = {"fingerprint": self.fingerprint, "position": asdict(position)}
+        checkpoint.save(self._checkpoints, position.step, tensors, state, self.ranks)
+        if self.ranks.is_first:
+            checkpoint.prune(self._checkpoints, self.config.keep_checkpoints, self.best_checkpoint)
+
+    def _resume(self) -> bool:
+        """Take up the newest whole checkpoint of the same fingerprint, if there is one."""
+        for path in reversed(checkpoint.saved(self._checkpoints)):
+            try:
+                state = checkpoint.load_state(path)
+            except checkpoint.CheckpointError as error:
+                self._say(f"{self.name}: skipped, {error}")
+                continue
+            if state["fingerprint"] != self.fingerprint:
+                self._say(f"{self.name}: {path} is of another configuration or data; started anew")
+                break
+            self.optimizers.init_state()
+            checkpoint.load(path, self._model_tensors() | self._optimizer_tensors())
+            self.position = Position(**state["position"])
+            self._say(f"{self.name}: resumed at epoch {self.position.epoch} from {path}")
+            return True
+        dist.barrier()
+        if self.ranks.is_first:
+            shutil.rmtree(self._checkpoints, ignore_errors=True)
+        return False
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        return {f"model.{name}": value for name, value in self.model.state_dict().items()}
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return {f"optimizer.{name}": value for name, value in self.optimizers.state().items()}
+
+    def _say(self, text: str) -> None:
+        if self.console is not None and self.ranks.is_first:
+            self.console.print(text, highlight=False)
