@@ -113,7 +113,7 @@ def saved(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep_last: int, best: Path) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best; the first rank alone calls."""
+    """Delete all but the newest `keep_last` and the best; the first rank alone calls it."""
     for path in saved(folder)[:-keep_last]:
         if path != best:
             shutil.rmtree(path)

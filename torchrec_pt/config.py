@@ -181,7 +181,7 @@ class NextItem(Section):
 
 
 class Contrastive(Section):
-    """`views`: two augmentations of one history (NT-Xent). `user_item`: a user and the next item."""
+    """`views`: two augmentations of a history (NT-Xent); `user_item`: a user and the next item."""
 
     name: Literal["contrastive"]
     weight: float = Field(1.0, gt=0)
@@ -312,18 +312,18 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     node: Any = raw
-    for position, key in enumerate(keys):
-        last = position == len(keys) - 1
+    for depth, key in enumerate(keys):
+        step: Any = key
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
                 raise ConfigError(f'--set {override}: "{key}" is no index of a list of {len(node)}')
-            key = int(key)  # type: ignore[assignment]
+            step = int(key)
         elif not isinstance(node, dict):
-            raise ConfigError(f'--set {override}: "{keys[position - 1]}" has no keys below it')
-        if last:
-            node[key] = value
+            raise ConfigError(f'--set {override}: "{keys[depth - 1]}" has no keys below it')
+        if depth == len(keys) - 1:
+            node[step] = value
         else:
-            node = node[key] if isinstance(node, list) else node.setdefault(key, {})
+            node = node[step] if isinstance(node, list) else node.setdefault(key, {})
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:

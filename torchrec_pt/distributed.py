@@ -100,7 +100,7 @@ def gather_rows(x: Tensor) -> Tensor:
     counts = x.new_zeros(dist.get_world_size(), dtype=torch.int64)
     counts[dist.get_rank()] = x.shape[0]
     sizes = sum_over_ranks(counts).tolist()
-    return _GatherRows.apply(x, sizes)  # type: ignore[no-any-return, no-untyped-call]
+    return _GatherRows.apply(x, sizes)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -138,7 +138,7 @@ def logsumexp_over_ranks(lse: Tensor) -> Tensor:
     """
     if dist.get_world_size() == 1:
         return lse
-    return _LogsumexpOverRanks.apply(lse)  # type: ignore[no-any-return, no-untyped-call]
+    return _LogsumexpOverRanks.apply(lse)
 
 
 class _LogsumexpOverRanks(torch.autograd.Function):
@@ -162,7 +162,7 @@ def owned_sum_over_ranks(x: Tensor) -> Tensor:
     """Sum over ranks whose gradient stays with each rank (the counterpart of the above)."""
     if dist.get_world_size() == 1:
         return x
-    return _OwnedSum.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    return _OwnedSum.apply(x)
 
 
 class _OwnedSum(torch.autograd.Function):

@@ -29,9 +29,7 @@ def item_vectors(backbone: Transformer, ranks: Ranks) -> Iterator[Tensor]:
             yield gather_rows(backbone.encode_items(rows))
 
 
-def user_vectors(
-    backbone: Transformer, dataset: PreparedDataset, ranks: Ranks
-) -> Iterator[Tensor]:
+def user_vectors(backbone: Transformer, dataset: PreparedDataset, ranks: Ranks) -> Iterator[Tensor]:
     """Blocks of user vectors in the order of dense ids, each from the user's whole history."""
     encode = UserEncoder(backbone, dataset.history("test"), ranks)
     for users in torch.arange(dataset.num_users).split(BLOCK_ROWS):

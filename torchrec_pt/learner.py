@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ from torchrec_pt.objectives.loss_term import LossTerm, Objective
 from torchrec_pt.sharding import Placement
 
 
-@dataclass(frozen=True)
-class StepLoss:
-    """Attributes:
-    loss: 0-dim, to differentiate: scaled so that averaging over ranks gives the global mean.
-    means: (num_objectives,) global means, detached, in the order of the objectives.
+class StepLoss(NamedTuple):
+    """A tuple, since DDP overlooks the tensors of a dataclass and would not reduce gradients.
+
+    Attributes:
+        loss: 0-dim, to differentiate: scaled so that averaging over ranks gives the global mean.
+        means: (num_objectives,) global means, detached, in the order of the objectives.
     """
 
     loss: Tensor
@@ -62,9 +63,7 @@ class Learner(nn.Module):
         terms: list[LossTerm] = []
         for objective in self._objectives():
             drawn = batch.split(vectors, objective.name)
-            terms.append(
-                objective.loss(self.backbone, drawn, batch.noise, batch.weight, catalogue)
-            )
+            terms.append(objective.loss(self.backbone, drawn, batch.noise, batch.weight, catalogue))
         totals = torch.stack([term.total for term in terms])
         weights = torch.stack([term.weight for term in terms])
         sums = sum_over_ranks(torch.stack([totals, weights]))

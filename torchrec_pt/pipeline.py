@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 
 from torchrec_pt import baselines, export
 from torchrec_pt.build import build_learner, build_objectives, load_backbone
-from torchrec_pt.config import RankingConfig, RunConfig, TrainConfig
+from torchrec_pt.config import RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.data.prepare import prepare as prepare_dataset
@@ -314,9 +313,7 @@ def export_run(config: RunConfig, console: Console | None = None) -> dict[str, P
                 if what == "items"
                 else export.user_vectors(backbone, dataset, stage.ranks)
             )
-            export.write_embeddings(
-                path, table["external_id"], blocks, backbone.dim, stage.ranks
-            )
+            export.write_embeddings(path, table["external_id"], blocks, backbone.dim, stage.ranks)
             paths[what] = path
             stage.say(f"export: {table.height:,} × {backbone.dim} {what} in {path}")
         return paths
@@ -354,9 +351,7 @@ def run(config: RunConfig, console: Console | None = None) -> RunResult:
         exported = export_run(config, console)
         user, recommendations = recommend(config, config.show.user, config.show.k)
         dist.barrier()
-    return RunResult(
-        evaluation, exported, user, recommendations, time.monotonic() - started_at
-    )
+    return RunResult(evaluation, exported, user, recommendations, time.monotonic() - started_at)
 
 
 def _fingerprint(*parts: Any) -> str:

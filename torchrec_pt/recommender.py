@@ -100,4 +100,3 @@ class Recommender:
             Recommendation(row.pop("external_id"), score, row)
             for row, score in zip(rows, scores[is_candidate].tolist(), strict=True)
         ]
-

@@ -1,11 +1,11 @@
 """The folder of a run: one folder a stage, each with a result.json once it is finished.
 
-    <run_dir>/prepared/            the prepared dataset
-    <run_dir>/config.json          the resolved configuration
-    <run_dir>/pretrain/            checkpoints/, tensorboard/, result.json
-    <run_dir>/finetune/ranking/    pretrained/ and scratch/, each like pretrain/
-    <run_dir>/evaluate/            result.json, ranks.parquet
-    <run_dir>/export/              items.parquet, users.parquet, result.json
+<run_dir>/prepared/            the prepared dataset
+<run_dir>/config.json          the resolved configuration
+<run_dir>/pretrain/            checkpoints/, tensorboard/, result.json
+<run_dir>/finetune/ranking/    pretrained/ and scratch/, each like pretrain/
+<run_dir>/evaluate/            result.json, ranks.parquet
+<run_dir>/export/              items.parquet, users.parquet, result.json
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ class StageResult:
         return dict(self.values["metrics"])
 
     def save(self) -> StageResult:
-        write_json(
-            self.folder / "result.json", {"fingerprint": self.fingerprint, **self.values}
-        )
+        write_json(self.folder / "result.json", {"fingerprint": self.fingerprint, **self.values})
         return self
 
 

@@ -141,8 +141,6 @@ def fill_item_table(model: DistributedModelParallel, seed: int) -> None:
             value.copy_(_initial_rows(0, len(value), value.shape[1], seed, value.device))
 
 
-def _initial_rows(
-    begin: int, num_rows: int, dim: int, seed: int, device: torch.device
-) -> Tensor:
+def _initial_rows(begin: int, num_rows: int, dim: int, seed: int, device: torch.device) -> Tensor:
     rows = torch.arange(begin, begin + num_rows, device=device)
     return rng.normal_rows(rows, dim, seed, "item_table") * INIT_STD

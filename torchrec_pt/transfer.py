@@ -12,7 +12,7 @@ from torchrec_pt import checkpoint
 
 @dataclass(frozen=True)
 class TransferReport:
-    """Parameter names. loaded: taken over; new: only in the model; dropped: only in the checkpoint."""
+    """Names of tensors: taken over, only in the model, only in the checkpoint."""
 
     loaded: list[str]
     new: list[str]
@@ -23,9 +23,7 @@ class TransferReport:
             listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             return f"{len(names)} ({listed})" if names else "0"
 
-        return (
-            f"loaded {count(self.loaded)}; new {count(self.new)}; dropped {count(self.dropped)}"
-        )
+        return f"loaded {count(self.loaded)}; new {count(self.new)}; dropped {count(self.dropped)}"
 
 
 def load_pretrained(path: Path, model: DistributedModelParallel) -> TransferReport:

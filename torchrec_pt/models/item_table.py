@@ -41,7 +41,7 @@ class ItemTable(nn.Module):
 
     def forward(self, ids: KeyedJaggedTensor) -> Tensor:
         """(T, dim) rows in the order of ids. With a sharded table every rank must call."""
-        return self.collection(ids)[ITEM].values()  # type: ignore[no-any-return]
+        return self.collection(ids)[ITEM].values()
 
     def rows(self, begin: int, end: int) -> Tensor:
         """(end − begin, dim) consecutive rows; each rank of a sharded table asks for its own."""

@@ -86,7 +86,7 @@ class Transformer(nn.Module):
         attention = _Attention(tokens.offsets, self.is_causal)
         for block in self.blocks:
             x = block(x, attention, drop)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.norm(x)
 
     def encode_users(
         self,
@@ -168,7 +168,7 @@ class _Attention:
             heads[0], heads[1], heads[2], attn_mask=self.mask, is_causal=self.is_causal
         )
         packed = out.transpose(1, 2).flatten(2)
-        return torch.ops.fbgemm.dense_to_jagged(packed, [self.offsets], qkv.shape[0])[0]  # type: ignore[no-any-return]
+        return torch.ops.fbgemm.dense_to_jagged(packed, [self.offsets], qkv.shape[0])[0]
 
 
 class _Dropout:

@@ -42,6 +42,7 @@ class ContrastiveObjective(nn.Module):
         log_temperature = torch.tensor(math.log(config.temperature))
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=config.learn_temperature)
         share = item_counts.clamp(min=1) / item_counts.sum().clamp(min=1)
+        self.log_share: Tensor
         self.register_buffer("log_share", share.log().float(), persistent=False)
 
     @property
@@ -66,7 +67,7 @@ class ContrastiveObjective(nn.Module):
         choice = (lots[:, 0] * len(names)).long().clamp(max=len(names) - 1)
 
         def chosen(name: str) -> Tensor:
-            return choice == names.index(name) if name in names else choice < 0  # type: ignore[arg-type]
+            return choice == names.index(name) if name in names else choice < 0
 
         lengths = history.lengths
         kept = (lengths * self.config.crop_fraction).long().clamp(min=1).minimum(lengths)

@@ -86,7 +86,9 @@ class RankingTask(nn.Module):
         positive = backbone.encode_items(drawn.vectors["target"].values)
         negatives = backbone.encode_items(drawn.vectors["negatives"].values)
         negatives = negatives.unflatten(0, (len(user), self.config.num_negatives))
-        margin = (user * positive).sum(1, keepdim=True) - torch.einsum("bd,bnd->bn", user, negatives)
+        margin = (user * positive).sum(1, keepdim=True) - torch.einsum(
+            "bd,bnd->bn", user, negatives
+        )
         pair_weight = row_weight.unsqueeze(1) * drawn.tensors["is_allowed"]
         loss = F.softplus(-margin / temperature)
         return LossTerm((loss * pair_weight).sum(), pair_weight.sum())

@@ -1,0 +1,62 @@
+"""A small data set with something to learn, and configurations around it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchrec_pt.config import RunConfig
+from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.prepare import prepare
+
+NUM_USERS, NUM_ITEMS = 37, 30
+
+
+def write_cycle(path: Path) -> None:
+    """Each user walks the items in a circle from a start of their own, with rare leaps."""
+    draw = random.Random(0)
+    lines = ["user_id\titem_id\trating\ttimestamp"]
+    for user in range(NUM_USERS):
+        item = draw.randrange(NUM_ITEMS)
+        for time in range(draw.randint(4, 14)):
+            lines.append(f"u{user}\ti{item}\t{draw.randint(1, 5)}\t{time}")
+            item = (item + (1 if draw.random() < 0.9 else draw.randrange(NUM_ITEMS))) % NUM_ITEMS
+    path.write_text("\n".join(lines) + "\n")
+
+
+def tiny_config(folder: Path, **sections: Any) -> RunConfig:
+    """A run over the circle; `sections` replace or add top-level sections."""
+    raw: dict[str, Any] = {
+        "run_dir": folder / "run",
+        "data": {
+            "format": "tsv",
+            "path": folder / "log.tsv",
+            "columns": {"rating": "rating", "timestamp": "timestamp"},
+        },
+        "model": {"dim": 16, "num_layers": 1, "max_length": 8, "dropout": 0.1},
+        "pretrain": {
+            "epochs": 2,
+            "batch_size": 10,
+            "warmup_steps": 0,
+            "objectives": [{"name": "masked_item"}],
+        },
+        **sections,
+    }
+    return RunConfig.model_validate(raw)
+
+
+@pytest.fixture(scope="session")
+def cycle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cycle")
+    write_cycle(folder / "log.tsv")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cycle(cycle_folder: Path) -> PreparedDataset:
+    config = tiny_config(cycle_folder)
+    prepare(config.data, cycle_folder / "prepared", 0)
+    return PreparedDataset.load(cycle_folder / "prepared")

@@ -1,0 +1,106 @@
+"""Several processes train as one does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import tiny_config
+from torchrec_pt.data.dataset import PreparedDataset
+
+WORKER = Path(__file__).parent / "losses.py"
+
+MASKED = {"name": "masked_item"}
+VIEWS = {"name": "contrastive", "weight": 0.5, "learn_temperature": True}
+PAIRS = {"name": "contrastive", "pairs": "user_item"}
+
+
+def _cases(folder: Path) -> dict[str, dict[str, Any]]:
+    def case(attention: str, table: dict[str, Any], **sections: Any) -> dict[str, Any]:
+        model = {
+            "dim": 16,
+            "num_layers": 1,
+            "max_length": 8,
+            "dropout": 0.2,
+            "attention": attention,
+            "item_table": table,
+        }
+        config = tiny_config(folder, model=model, **sections)
+        return config.model_dump(mode="json")
+
+    def pretrain(*objectives: dict[str, Any]) -> dict[str, Any]:
+        # 37 users in batches of 10: the last batch is 7, which two ranks do not divide.
+        return {"batch_size": 10, "learning_rate": 0.01, "objectives": objectives}
+
+    def ranking(loss: str) -> dict[str, Any]:
+        return {"ranking": {"batch_size": 10, "learning_rate": 0.01, "loss": loss}}
+
+    both = "bidirectional"
+    replicated = {"placement": "replicated"}
+    cases = {
+        "masked + views": case(both, replicated, pretrain=pretrain(MASKED, VIEWS)),
+        "pairs": case(both, replicated, pretrain=pretrain(PAIRS)),
+        "next": case("causal", replicated, pretrain=pretrain({"name": "next_item"})),
+        "softmax": case(both, replicated, finetune=ranking("softmax")),
+        "bpr": case("causal", replicated, finetune=ranking("bpr")),
+    }
+    for placement, optimizer in [
+        ("row_wise", "sgd"),
+        ("row_wise", "rowwise_adagrad"),
+        ("table_wise", "adagrad"),
+        ("column_wise", "adagrad"),
+    ]:
+        table = {"placement": placement, "optimizer": optimizer}
+        name = f"{placement} {optimizer}"
+        cases[name] = case(both, table, pretrain=pretrain(MASKED, VIEWS))
+        cases[f"{name} softmax"] = case("causal", table, finetune=ranking("softmax"))
+        cases[f"{name} bpr"] = case(both, table, finetune=ranking("bpr"))
+    return cases
+
+
+def _run(num_ranks: int, prepared: Path, cases: Path, out: Path) -> dict[str, Any]:
+    launcher = [sys.executable]
+    if num_ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc_per_node", str(num_ranks)]
+    command = [*launcher, str(WORKER), str(prepared), str(cases), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+@pytest.fixture(scope="module")
+def results(
+    cycle: PreparedDataset, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    cases = folder / "cases.json"
+    cases.write_text(json.dumps(_cases(folder)))
+    return {n: _run(n, cycle.path, cases, folder / f"{n}.json") for n in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("case", list(_cases(Path())))
+def test_ranks_train_as_one_process(
+    results: dict[int, dict[str, Any]], num_ranks: int, case: str
+) -> None:
+    one, many = results[1][case], results[num_ranks][case]
+    assert len(one["losses"]) == 8
+    for step, (expected, got) in enumerate(zip(one["losses"], many["losses"], strict=True)):
+        # float32 sums in another order, over 8 updates at a large learning rate
+        assert got == pytest.approx(expected, rel=1e-5), f"step {step}"
+    assert one["losses"][0] != one["losses"][-1]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("case", list(_cases(Path())))
+def test_ranks_rank_the_test_items_as_one_process(
+    results: dict[int, dict[str, Any]], num_ranks: int, case: str
+) -> None:
+    assert results[num_ranks][case]["ranks"] == results[1][case]["ranks"]
