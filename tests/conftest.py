@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.prepare import prepare
 
 NUM_USERS, NUM_ITEMS = 37, 30
+
+# Tensors of a few dozen rows are slower on many threads than on one.
+torch.set_num_threads(1)
 
 
 def write_cycle(path: Path) -> None:

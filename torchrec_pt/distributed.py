@@ -111,7 +111,7 @@ class _GatherRows(torch.autograd.Function):
         padded = x.new_zeros((longest, *x.shape[1:]))
         padded[: x.shape[0]] = x
         gathered = x.new_empty((len(sizes) * longest, *x.shape[1:]))
-        dist.all_gather_into_tensor(gathered, padded)
+        dist.all_gather_single(gathered, padded)
         blocks = gathered.split(longest)
         return torch.cat([block[:size] for block, size in zip(blocks, sizes, strict=True)])
 
@@ -122,7 +122,7 @@ class _GatherRows(torch.autograd.Function):
         for block, part, size in zip(padded, grad.split(ctx.sizes), ctx.sizes, strict=True):
             block[:size] = part
         mine = grad.new_empty((longest, *grad.shape[1:]))
-        dist.reduce_scatter_tensor(mine, padded.flatten(0, 1))
+        dist.reduce_scatter_single(mine, padded.flatten(0, 1))
         return mine[: ctx.sizes[dist.get_rank()]], None
 
 

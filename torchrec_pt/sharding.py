@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,6 +15,7 @@ from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
     KernelConfig,
     ParameterConstraints,
@@ -30,6 +32,12 @@ from torchrec_pt.config import TableConfig, TrainConfig
 from torchrec_pt.data.batch import ITEM
 from torchrec_pt.distributed import Ranks
 from torchrec_pt.models.item_table import INIT_STD
+
+# TorchRec and torch speak at every start of things that their user can do nothing about.
+logging.getLogger("torchrec.distributed.planner").setLevel(logging.WARNING)
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+for _message in ("`broadcast_buffers` is deprecated", "Please use DTensor instead"):
+    warnings.filterwarnings("ignore", message=_message, category=FutureWarning)
 
 FUSED_OPTIMIZERS = {
     "sgd": torch.optim.SGD,
@@ -99,6 +107,7 @@ def shard(
         planner = EmbeddingShardingPlanner(
             topology=_topology(ranks),
             constraints={ITEM: ParameterConstraints(sharding_types=[placement.kind])},
+            storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
         )
         plan = planner.collective_plan(module, sharders, dist.group.WORLD)
     return DistributedModelParallel(
@@ -112,8 +121,6 @@ def shard(
 
 
 def _topology(ranks: Ranks) -> Topology:
-    # The planner's own log speaks of every table it weighed; ours is the plan.
-    logging.getLogger("torchrec.distributed.planner").setLevel(logging.WARNING)
     return TopologyFactory.create_topology(
         TrainerConfig(
             world_size=ranks.world_size,

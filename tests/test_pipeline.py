@@ -1,0 +1,198 @@
+"""A whole run from the command line, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from tests.conftest import tiny_config
+from torchrec_pt import Recommender, cli, pipeline
+from torchrec_pt.config import RunConfig
+from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.runs import load_result
+
+
+@pytest.fixture(scope="module")
+def finished(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    config = tiny_config(
+        cycle_folder,
+        pretrain={
+            "epochs": 40,
+            "batch_size": 10,
+            "warmup_steps": 0,
+            "learning_rate": 0.02,
+            "validate_every": 10,
+            "objectives": [{"name": "masked_item", "mask_fraction": 0.3}],
+        },
+        finetune={
+            "ranking": {
+                "epochs": 8,
+                "batch_size": 10,
+                "warmup_steps": 0,
+                "learning_rate": 0.01,
+                "targets_per_user": 4,
+                "control": "scratch",
+            }
+        },
+        evaluate={"ks": [1, 10], "baselines": ["popularity", "item_knn"]},
+    ).model_copy(update={"run_dir": tmp_path_factory.mktemp("finished")})
+    pipeline.run(config)
+    return config
+
+
+def test_the_table_has_every_model_and_the_fine_tuned_one_learned_the_circle(
+    finished: RunConfig,
+) -> None:
+    written = json.loads((finished.run_dir / "evaluate/result.json").read_text())
+    metrics = written["metrics"]
+    assert list(metrics) == ["popularity", "item-kNN", "pretrained", "scratch", "fine-tuned"]
+    # On the circle the next item is known nine times in ten; popularity knows nothing of it.
+    assert metrics["fine-tuned"]["ndcg@10"] > 2 * metrics["popularity"]["ndcg@10"]
+    difference, _ = written["control"]["ndcg@10"]
+    gap = metrics["fine-tuned"]["ndcg@10"] - metrics["scratch"]["ndcg@10"]
+    assert difference == pytest.approx(gap)
+
+
+def test_exported_embeddings_bear_the_ids_of_the_input_file(
+    finished: RunConfig, cycle_folder: Path
+) -> None:
+    log = pl.read_csv(cycle_folder / "log.tsv", separator="\t")
+    for what, column in (("items", "item_id"), ("users", "user_id")):
+        exported = pl.read_parquet(finished.run_dir / f"export/{what}.parquet")
+        assert sorted(exported["id"]) == sorted(log[column].unique())
+        vectors = torch.tensor(exported["embedding"].to_list())
+        assert vectors.shape == (len(exported), 16)
+        assert torch.isfinite(vectors).all()
+
+
+def test_exported_vectors_rank_as_the_recommender_does(finished: RunConfig) -> None:
+    items = pl.read_parquet(finished.run_dir / "export/items.parquet")
+    users = pl.read_parquet(finished.run_dir / "export/users.parquet")
+    scores = torch.tensor(users["embedding"][4].to_list()) @ torch.tensor(
+        items["embedding"].to_list()
+    ).T.contiguous()
+    expected = items["id"][scores.topk(7).indices.tolist()].to_list()
+    found = Recommender.load(finished.run_dir).recommend(users["id"][4], k=7, exclude_seen=False)
+    assert [one.item for one in found] == expected
+
+
+def test_recommendations_leave_out_what_the_user_took(finished: RunConfig) -> None:
+    dataset = PreparedDataset.load(finished.prepared_dir)
+    recommender = Recommender.load(finished.run_dir)
+    user = dataset.users["external_id"][0]
+    seen = dataset.history("test").select(torch.tensor([0])).values.tolist()
+    taken = set(dataset.items["external_id"][seen])
+    found = {one.item for one in recommender.recommend(user, k=dataset.num_items)}
+    assert found == set(dataset.items["external_id"]) - taken
+
+
+def test_a_history_is_enough_for_a_user_never_seen(finished: RunConfig) -> None:
+    best = Recommender.load(finished.run_dir).recommend(history=["i3", "i4", "i5"], k=3)
+    assert "i6" in [one.item for one in best]
+
+
+def test_neither_user_nor_history_is_refused(finished: RunConfig) -> None:
+    recommender = Recommender.load(finished.run_dir)
+    with pytest.raises(ValueError, match="give either user or history"):
+        recommender.recommend()
+    with pytest.raises(ValueError, match='user "nobody"'):
+        recommender.recommend("nobody")
+
+
+def test_fine_tuning_loads_every_parameter_of_the_backbone(
+    finished: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrained = load_result(finished.run_dir / "pretrain")
+    assert pretrained is not None
+    from torchrec_pt import checkpoint
+    from torchrec_pt.build import build_learner
+    from torchrec_pt.config import TrainConfig
+    from torchrec_pt.distributed import join_ranks
+    from torchrec_pt.transfer import load_pretrained
+
+    built = build_learner(finished, TrainConfig(), [], 30, join_ranks())
+    report = load_pretrained(pretrained.checkpoint, built.model)
+    assert not report.new
+    assert not report.dropped
+    held = checkpoint.shapes(pretrained.checkpoint)
+    assert report.loaded == sorted(name for name in held if name.startswith("model."))
+
+
+def test_fine_tuning_refuses_a_checkpoint_of_another_shape(
+    finished: RunConfig, tmp_path: Path
+) -> None:
+    wider = finished.model_copy(
+        update={"model": finished.model.model_copy(update={"dim": 32}), "run_dir": tmp_path}
+    )
+    pipeline.prepare(wider)
+    (tmp_path / "pretrain").symlink_to(finished.run_dir / "pretrain")
+    with pytest.raises(ValueError, match=r"is \(16,\), the model wants \(32,\)"):
+        pipeline.finetune(wider)
+
+
+def _toml(folder: Path, cycle_folder: Path) -> Path:
+    path = folder / "run.toml"
+    path.write_text(
+        f'run_dir = "{folder / "run"}"\n'
+        f'[data]\nformat = "tsv"\npath = "{cycle_folder / "log.tsv"}"\n'
+        'columns = { timestamp = "timestamp" }\n'
+        "[model]\ndim = 16\nnum_layers = 1\nmax_length = 8\n"
+        '[pretrain]\nepochs = 1\nobjectives = [{ name = "masked_item" }]\n'
+    )
+    return path
+
+
+def _exit_code(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr("sys.argv", ["torchrec-pt", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_the_command_line_runs_the_stages_one_by_one(
+    cycle_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = str(_toml(tmp_path, cycle_folder))
+    for stage in ("prepare", "pretrain", "evaluate", "export"):
+        assert _exit_code(stage, config, monkeypatch=monkeypatch) == 0
+    capsys.readouterr()
+    assert _exit_code("recommend", config, "--user", "u3", "--k", "2", monkeypatch=monkeypatch) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 2
+    assert all(line["item"].startswith("i") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere.toml"], "nowhere.toml: cannot be read"),
+        (["pretrain", "{config}"], "no prepared dataset"),
+        (["prepare", "{config}", "--set", "data.pth=1"], 'did you mean "path"?'),
+        (["prepare", "{config}", "--set", "data.columns.user=who"], "user_id"),
+        (["recommend", "{config}"], "holds no run"),
+        (["finetune", "{config}"], "no task is configured"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    cycle_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    config = _toml(tmp_path, cycle_folder)
+    filled = [argument.format(config=config) for argument in arguments]
+    assert _exit_code(*filled, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
