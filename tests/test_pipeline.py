@@ -72,9 +72,10 @@ def test_exported_embeddings_bear_the_ids_of_the_input_file(
 def test_exported_vectors_rank_as_the_recommender_does(finished: RunConfig) -> None:
     items = pl.read_parquet(finished.run_dir / "export/items.parquet")
     users = pl.read_parquet(finished.run_dir / "export/users.parquet")
-    scores = torch.tensor(users["embedding"][4].to_list()) @ torch.tensor(
-        items["embedding"].to_list()
-    ).T.contiguous()
+    scores = (
+        torch.tensor(users["embedding"][4].to_list())
+        @ torch.tensor(items["embedding"].to_list()).T.contiguous()
+    )
     expected = items["id"][scores.topk(7).indices.tolist()].to_list()
     found = Recommender.load(finished.run_dir).recommend(users["id"][4], k=7, exclude_seen=False)
     assert [one.item for one in found] == expected
@@ -91,8 +92,14 @@ def test_recommendations_leave_out_what_the_user_took(finished: RunConfig) -> No
 
 
 def test_a_history_is_enough_for_a_user_never_seen(finished: RunConfig) -> None:
-    best = Recommender.load(finished.run_dir).recommend(history=["i3", "i4", "i5"], k=3)
-    assert "i6" in [one.item for one in best]
+    recommender = Recommender.load(finished.run_dir)
+    hits = 0
+    for start in range(0, 27, 3):
+        history = [f"i{start + step}" for step in range(3)]
+        best = recommender.recommend(history=history, k=5)
+        hits += f"i{start + 3}" in [one.item for one in best]
+    # By chance 5 of the 27 other items hold the next one: 1.7 of 9.
+    assert hits >= 5
 
 
 def test_neither_user_nor_history_is_refused(finished: RunConfig) -> None:

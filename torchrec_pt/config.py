@@ -186,7 +186,10 @@ class Contrastive(Section):
     name: Literal["contrastive"]
     weight: float = Field(1.0, gt=0)
     pairs: Literal["views", "user_item"] = "views"
-    temperature: float = Field(0.1, gt=0, description="cosine similarities are divided by it")
+    similarity: Literal["cosine", "inner"] = Field(
+        "cosine", description="inner (with temperature 1) is how items are ranked"
+    )
+    temperature: float = Field(0.1, gt=0, description="similarities are divided by it")
     learn_temperature: bool = False
     augmentations: tuple[Literal["crop", "mask", "reorder", "dropout"], ...] = Field(
         ("crop", "mask", "reorder"), min_length=1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,12 +14,12 @@ from hypothesis import strategies as st
 
 from torchrec_pt.config import DataConfig
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.jagged import Jagged
-from torchrec_pt.data.manifest import DataError
 from torchrec_pt.data.prepare import prepare
 
 lists = st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=8)
-examples = settings(max_examples=60, deadline=None)
+examples = settings(max_examples=40, deadline=None)
 
 
 def jagged(rows: list[list[int]]) -> Jagged:
@@ -25,7 +27,12 @@ def jagged(rows: list[list[int]]) -> Jagged:
     return Jagged.from_lengths(values, torch.tensor([len(row) for row in rows], dtype=torch.int64))
 
 
-def plain(data: Jagged) -> list[list[int]]:
+def as_pairs(data: Jagged) -> Jagged:
+    """The same rows of values (T, 2), so that nothing works for (T,) alone."""
+    return data.with_values(torch.stack([data.values, data.values + 10], dim=1))
+
+
+def plain(data: Jagged) -> list[list[Any]]:
     assert data.offsets.dtype == torch.int64
     assert data.offsets[-1] == len(data.values)
     ends = data.offsets.tolist()
@@ -43,13 +50,57 @@ def test_jagged_holds_its_rows(rows: list[list[int]]) -> None:
 
 
 @examples
+@given(rows=lists)
+def test_positions_count_from_the_start_of_each_row(rows: list[list[int]]) -> None:
+    assert jagged(rows).positions.tolist() == [place for row in rows for place in range(len(row))]
+
+
+@examples
+@given(rows=lists)
+def test_with_values_keeps_the_rows(rows: list[list[int]]) -> None:
+    data = jagged(rows)
+    assert plain(data.with_values(-data.values)) == [[-value for value in row] for row in rows]
+    assert plain(as_pairs(data)) == [[[value, value + 10] for value in row] for row in rows]
+
+
+@examples
+@given(parts=st.lists(lists, min_size=1, max_size=4))
+def test_stack_puts_the_rows_of_one_part_after_those_of_another(
+    parts: list[list[list[int]]],
+) -> None:
+    expected = [row for rows in parts for row in rows]
+    assert plain(Jagged.stack([jagged(rows) for rows in parts])) == expected
+    assert plain(Jagged.stack([as_pairs(jagged(rows)) for rows in parts])) == plain(
+        as_pairs(jagged(expected))
+    )
+
+
+@examples
+@given(rows=lists, data=st.data())
+def test_windows_are_slices_of_the_rows(rows: list[list[int]], data: st.DataObject) -> None:
+    starts = [data.draw(st.integers(0, len(row))) for row in rows]
+    lengths = [
+        data.draw(st.integers(0, len(row) - start)) for row, start in zip(rows, starts, strict=True)
+    ]
+    expected = [
+        row[start : start + length]
+        for row, start, length in zip(rows, starts, lengths, strict=True)
+    ]
+    where = torch.tensor(starts, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
+    assert plain(jagged(rows).windows(*where)) == expected
+    assert plain(as_pairs(jagged(rows)).windows(*where)) == plain(as_pairs(jagged(expected)))
+
+
+@examples
 @given(rows=lists.filter(bool), data=st.data())
 def test_select_takes_rows_in_any_order_with_repeats(
     rows: list[list[int]], data: st.DataObject
 ) -> None:
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=12))
-    picked = jagged(rows).select(torch.tensor(chosen, dtype=torch.int64))
-    assert plain(picked) == [rows[i] for i in chosen]
+    named = torch.tensor(chosen, dtype=torch.int64)
+    expected = [rows[i] for i in chosen]
+    assert plain(jagged(rows).select(named)) == expected
+    assert plain(as_pairs(jagged(rows)).select(named)) == plain(as_pairs(jagged(expected)))
 
 
 @examples
@@ -57,6 +108,7 @@ def test_select_takes_rows_in_any_order_with_repeats(
 def test_tail_keeps_the_last_entries(rows: list[list[int]], max_length: int) -> None:
     expected = [row[max(0, len(row) - max_length) :] for row in rows]
     assert plain(jagged(rows).tail(max_length)) == expected
+    assert plain(as_pairs(jagged(rows)).tail(max_length)) == plain(as_pairs(jagged(expected)))
 
 
 @examples
@@ -65,6 +117,7 @@ def test_filter_keeps_every_row(rows: list[list[int]]) -> None:
     data = jagged(rows)
     expected = [[value for value in row if value > 4] for row in rows]
     assert plain(data.filter(data.values > 4)) == expected
+    assert plain(as_pairs(data).filter(data.values > 4)) == plain(as_pairs(jagged(expected)))
 
 
 def test_jagged_refuses_wrong_shapes_and_dtypes() -> None:
@@ -119,6 +172,40 @@ def test_tensors_have_the_promised_types(dataset: PreparedDataset) -> None:
     assert dataset.item_counts.dtype == torch.int64
     assert (dataset.num_users, dataset.num_items) == (2, 5)
     assert (dataset.manifest.num_users, dataset.manifest.num_items) == (2, 5)
+
+
+def test_interaction_features_stand_beside_the_interactions(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("user_id,item_id,t,hour,device\n7,10,2,22,tv\n5,10,1,11,\n7,30,1,21,car\n")
+    features = [
+        {"column": "hour", "of": "interaction", "kind": "numeric"},
+        {"column": "device", "of": "interaction", "kind": "categorical"},
+    ]
+    raw = {"format": "csv", "path": log, "columns": {"timestamp": "t"}, "features": features}
+    prepare(DataConfig.model_validate(raw), tmp_path / "out", seed=0)
+    data = PreparedDataset.load(tmp_path / "out")
+    assert external(data, data.interactions) == [[30, 10], [10]]
+    assert data.interaction_features.rows() == [(21.0, "car"), (22.0, "tv"), (11.0, None)]
+    assert data.interaction_features.schema == {"hour": pl.Float32, "device": pl.String}
+
+
+def test_without_features_of_interactions_the_table_has_no_columns(
+    dataset: PreparedDataset,
+) -> None:
+    assert dataset.interaction_features.columns == []
+
+
+def test_ids_with_spaces_and_any_script_are_found_as_written(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    # The last two look alike: é is one character in the first, two in the second.
+    users = ["Zoë van der Å", " 漢字 ", "🦊", "caf\u00e9", "cafe\u0301"]
+    log.write_text("user_id,item_id\n" + "".join(f"{user},x y\n" for user in users))
+    prepare(DataConfig.model_validate({"format": "csv", "path": log}), tmp_path / "out", seed=0)
+    data = PreparedDataset.load(tmp_path / "out")
+    assert [data.user_index(user) for user in users] == [0, 1, 2, 3, 4]
+    assert data.item_index("x y") == 0
+    with pytest.raises(DataError, match="did you mean"):
+        data.user_index("漢字")
 
 
 def test_integer_ids_are_found_by_number_and_by_text(dataset: PreparedDataset) -> None:

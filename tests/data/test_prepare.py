@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrec_pt.config import DataConfig
+from torchrec_pt.data.atomic import exclusive
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.data.manifest import DataError, Manifest, load_manifest
+from torchrec_pt.data.errors import DataError
+from torchrec_pt.data.manifest import Manifest, load_manifest
 from torchrec_pt.data.prepare import prepare
 
 COLUMNS = {"timestamp": "timestamp", "rating": "rating"}
@@ -55,7 +60,7 @@ def prepare_rows(rows: list[tuple[Any, ...]], seed: int = 0, **data: Any) -> pl.
 logs = st.lists(
     st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(0, 4)), min_size=1, max_size=40
 ).map(lambda rows: [(user, item, n, time) for n, (user, item, time) in enumerate(rows)])
-examples = settings(max_examples=40, deadline=None)
+examples = settings(max_examples=25, deadline=None)
 
 
 def by_user(rows: list[tuple[Any, ...]]) -> dict[int, list[int]]:
@@ -142,8 +147,20 @@ def test_given_split_is_taken_as_given(tmp_path: Path) -> None:
 
 
 def test_rows_are_sorted_by_user_time_and_place_in_the_file() -> None:
+    # User 3 comes first: the first row of user 7 is valid.
     rows = [(7, 1, 0, 5), (3, 2, 1, 9), (7, 3, 2, 1), (7, 4, 3, 5), (3, 5, 4, 9)]
-    assert prepare_rows(rows)["rating"].to_list() == [2, 0, 3, 1, 4]
+    assert prepare_rows(rows)["rating"].to_list() == [1, 4, 2, 0, 3]
+
+
+@pytest.mark.parametrize("rule", ["leave_one_out", "ratio"])
+def test_the_only_interaction_of_a_user_trains(tmp_path: Path, rule: str) -> None:
+    (tmp_path / "log.txt").write_text("a 1\nb 1 2 3 4 5 6 7 8 9 10\nc 2\n")
+    split = {"rule": rule} if rule == "leave_one_out" else {"rule": rule, "over": "user"}
+    data = {"format": "sequence", "path": tmp_path / "log.txt", "split": split}
+    manifest = prepare(DataConfig.model_validate(data), tmp_path / "out", seed=0)
+    assert (manifest.num_users, manifest.num_valid, manifest.num_test) == (3, 1, 1)
+    histories = PreparedDataset.load(tmp_path / "out").history("train")
+    assert histories.lengths.tolist() == [1, 8, 1]
 
 
 # --- filters ------------------------------------------------------------------------------------
@@ -178,6 +195,18 @@ def test_rating_goes_before_duplicates_before_core(tmp_path: Path) -> None:
     assert kept == [(1, 1, 1.0), (1, 2, 2.0)]
 
 
+@pytest.mark.parametrize(
+    ("duplicates", "kept"), [("keep", [1, 4, 2, 3]), ("first", [1, 2]), ("last", [4, 3])]
+)
+def test_duplicated_interactions_are_kept_or_dropped_as_told(
+    duplicates: str, kept: list[int]
+) -> None:
+    # The first two rows are the same but for the rating, which names them.
+    rows = [(1, 1, 1, 5), (1, 1, 4, 5), (1, 2, 2, 6), (1, 2, 3, 9)]
+    prepared = prepare_rows(rows, filters={"duplicates": duplicates})
+    assert prepared["rating"].to_list() == kept
+
+
 # --- ids and features ---------------------------------------------------------------------------
 
 
@@ -204,16 +233,15 @@ FEATURES = [
 ]
 
 
-def write_featured_log(path: Path, held_out: list[tuple[Any, ...]]) -> Path:
-    """Ten training rows by the `given` split, then `held_out`."""
-    tags = {1: "x|y", 2: "y", 3: "", 4: "z"}
+def write_featured_log(path: Path, held_out: list[tuple[int, tuple[Any, ...]]]) -> Path:
+    """Ten training rows by the `given` split, each `held_out` row before the one it names."""
+    tags = {1: "x|y", 2: "y", 3: ""}
     rows: list[tuple[Any, ...]] = []
     for n in range(10):
         user, item = n % 2 + 1, n % 3 + 1
         rows.append((user, item, n % 5, n, "train", 20 * user, tags[item], f"{item} 0", n, "tv"))
-    for user, item, rating, time, fold, hour, device in held_out:
-        cells = (20 * user, tags[item], f"{item} 0", hour, device)
-        rows.append((user, item, rating, time, fold, *cells))
+    for place, row in sorted(held_out, reverse=True):
+        rows.insert(place, row)
     return write_log(path, rows, more=",fold,age,tags,vector,hour,device")
 
 
@@ -222,34 +250,82 @@ def featured_config(path: Path) -> DataConfig:
     return config_of(path, columns=columns, split={"rule": "given"}, features=FEATURES)
 
 
+def what_training_sees(out: Path) -> dict[str, Any]:
+    """Of users and items only those that train: the others come after them."""
+    data = PreparedDataset.load(out)
+    history = data.history("train")
+    num_users, num_items = int((history.lengths > 0).sum()), int((data.item_counts > 0).sum())
+    assert (history.lengths[:num_users] > 0).all()
+    return {
+        "users": data.users.head(num_users).rows(),
+        "items": data.items.head(num_items).rows(),
+        "features": data.manifest.features,
+        "vocabulary": pl.read_parquet(out / "vocabulary.parquet").rows(),
+        "history": (history.values.tolist(), history.lengths[:num_users].tolist()),
+    }
+
+
 def test_valid_and_test_leave_no_trace_in_what_training_sees(tmp_path: Path) -> None:
-    one = [(1, 4, 5, 20, "valid", 1, "tv"), (3, 1, 1, 21, "test", 2, "radio")]
-    other = [(1, 2, 1, 30, "test", 99, "phone"), (3, 4, 4, 31, "valid", 77, "tv"),
-             (1, 4, 2, 32, "test", 55, "car")]  # fmt: skip
+    # Users 1 and 2 and items 1 to 3 train, with other features than here; items 2 and 3 equally
+    # often, 2 first.
+    one = [
+        (0, (3, 3, 1, 21, "test", 1, "w", "9 9", 2, "radio")),
+        (4, (1, 4, 5, 20, "valid", 2, "z", "4 0", 1, "tv")),
+    ]
+    other = [
+        (0, (2, 3, 1, 30, "test", 3, "v|w", "8 8", 99, "phone")),
+        (0, (1, 4, 2, 32, "test", 4, "z", "4 0", 55, "car")),
+        (5, (3, 2, 4, 31, "valid", 1, "u", "7 7", 77, "tv")),
+        (10, (1, 1, 4, 31, "valid", 5, "", "6 6", 77, "tv")),
+    ]
     seen = []
-    for name, held_out in (("one", one), ("other", other)):
+    for name, held_out in (("none", []), ("one", one), ("other", other)):
         path = write_featured_log(tmp_path / f"{name}.csv", held_out)
-        manifest = prepare(featured_config(path), tmp_path / name, seed=0)
-        data = PreparedDataset.load(tmp_path / name)
-        history = data.history("train")
-        seen.append(
-            {
-                "counts": dict(
-                    zip(data.items["external_id"], data.item_counts.tolist(), strict=True)
-                ),
-                "items": data.items.rows(),
-                "features": manifest.features,
-                "vocabulary": pl.read_parquet(tmp_path / name / "vocabulary.parquet").rows(),
-                "history": (history.values.tolist(), history.offsets.tolist()),
-            }
-        )
+        prepare(featured_config(path), tmp_path / name, seed=0)
+        seen.append(what_training_sees(tmp_path / name))
+    assert seen[0] == seen[1] == seen[2]
+    assert [(item, count) for item, count, *_ in seen[0]["items"]] == [(1, 4), (2, 3), (3, 3)]
+    assert seen[0]["users"] == [(1, 20.0), (2, 40.0)]
+    # What never trains comes last and is described by its own first row.
+    last = PreparedDataset.load(tmp_path / "other")
+    assert last.items.rows()[3:] == [(4, 0, ["z"], [4.0, 0.0])]
+    assert last.users.rows()[2:] == [(3, 1.0)]
+
+
+featured_logs = st.lists(
+    st.tuples(
+        st.integers(1, 4),
+        st.integers(1, 5),
+        st.just(1),
+        st.integers(0, 4),
+        st.sampled_from(["train", "train", "valid", "test"]),
+        st.integers(0, 9),
+        st.sampled_from(["x", "y", "x|y", ""]),
+        st.sampled_from(["1 0", "2 3"]),
+        st.integers(0, 9),
+        st.sampled_from(["tv", "radio", ""]),
+    ),
+    min_size=1,
+    max_size=25,
+).filter(lambda rows: any("train" in row for row in rows))
+
+
+@settings(examples, max_examples=12)
+@given(rows=featured_logs)
+def test_training_sees_what_it_would_without_held_out_rows(rows: list[Any]) -> None:
+    seen = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("all", "train"):
+            chosen = [row for row in rows if name == "all" or "train" in row]
+            path = Path(folder) / f"{name}.csv"
+            write_log(path, chosen, more=",fold,age,tags,vector,hour,device")
+            prepare(featured_config(path), Path(folder) / name, seed=0)
+            seen.append(what_training_sees(Path(folder) / name))
     assert seen[0] == seen[1]
-    assert seen[0]["counts"] == {1: 4, 2: 3, 3: 3, 4: 0}
-    assert ("item", "tags", "z", 3) not in seen[0]["vocabulary"]
 
 
 def test_features_are_typed_and_summarized(tmp_path: Path) -> None:
-    held_out = [(3, 4, 5, 20, "test", 1000, "radio")]
+    held_out = [(10, (3, 4, 5, 20, "test", 60, "z", "4 0", 1000, "radio"))]
     path = write_featured_log(tmp_path / "log.csv", held_out)
     manifest = prepare(featured_config(path), tmp_path / "out", seed=0)
     items = pl.read_parquet(tmp_path / "out" / "items.parquet")
@@ -369,6 +445,44 @@ def test_leftovers_of_a_killed_run_go_away(tmp_path: Path, log: Path) -> None:
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "users.parquet").write_text("half")
     prepare(config_of(log), tmp_path / "out", seed=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "out"]
+
+
+def test_a_second_run_on_the_same_folder_is_refused_while_one_is_at_work(
+    tmp_path: Path, log: Path
+) -> None:
+    out = tmp_path / "out"
+    with exclusive(out), pytest.raises(DataError, match=r"out: must have one writer.*; wait"):
+        prepare(config_of(log), out, seed=0)
+    assert not out.exists()
+    prepare(config_of(log), out, seed=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "out"]
+
+
+def test_the_lock_of_a_killed_run_does_not_stay(tmp_path: Path, log: Path) -> None:
+    code = "import os, pathlib, sys; from torchrec_pt.data.atomic import exclusive\n"
+    code += "with exclusive(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    out = tmp_path / "out"
+    assert subprocess.run([sys.executable, "-c", code, str(out)]).returncode == -9
+    assert (tmp_path / ".out.lock").exists()
+    prepare(config_of(log), out, seed=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "out"]
+
+
+def test_runs_at_once_leave_one_whole_dataset(tmp_path: Path, log: Path) -> None:
+    out = tmp_path / "out"
+
+    def run(_: int) -> str:
+        try:
+            return prepare(config_of(log), out, seed=0).fingerprint
+        except DataError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = set(pool.map(run, range(8)))
+    answers.remove(load_manifest(out).fingerprint)
+    assert all("must have one writer" in answer for answer in answers)
+    PreparedDataset.load(out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "out"]
 
 

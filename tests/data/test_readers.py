@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from torchrec_pt.config import DataConfig
-from torchrec_pt.data.manifest import DataError
+from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.readers import RawData, read_raw
 
 TIMED = {"timestamp": "timestamp", "rating": "rating"}
@@ -51,7 +51,7 @@ ids = st.one_of(
     st.lists(st.tuples(huge_integers, integers | huge_integers), min_size=1, max_size=12),
 )
 examples = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -123,6 +123,24 @@ def test_quoted_cells_may_hold_separators_and_line_breaks(tmp_path: Path) -> Non
     path = tmp_path / "log.csv"
     path.write_text('user_id,item_id\r\n"a, b","x\r\ny"\r\n\r\n"say ""hi""",z\r\n', newline="")
     assert pairs(read(path, "csv")) == [("a, b", "x\r\ny"), ('say "hi"', "z")]
+
+
+@pytest.mark.parametrize(
+    ("format", "text"),
+    [
+        ("csv", "user_id,item_id\n7,8\n"),
+        ("tsv", "user_id\titem_id\n7\t8\n"),
+        ("recbole", "user_id:token\titem_id:token\n7\t8\n"),
+        ("movielens", "7\t8\t3\t4\n"),
+        ("sequence", "7 8\n"),
+    ],
+)
+def test_a_byte_order_mark_and_dos_line_ends_are_no_part_of_an_id(
+    tmp_path: Path, format: str, text: str
+) -> None:
+    path = tmp_path / "log"
+    path.write_text(text, encoding="utf-8-sig", newline="\r\n")
+    assert pairs(read(path, format)) == [(7, 8)]
 
 
 # --- formats ------------------------------------------------------------------------------------
@@ -204,9 +222,9 @@ def test_recbole_side_files_give_lists_for_sequences(tmp_path: Path) -> None:
     assert raw.items.collect().rows() == [(1, ["A", "B"]), (2, None)]
 
 
-def test_features_in_the_interaction_file_come_from_each_first_row(tmp_path: Path) -> None:
+def test_features_in_the_interaction_file_stand_beside_their_rows(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
-    path.write_text("user_id,item_id,price,hour\nu,1,2.5,7\nv,1,9,8\nv,2,,9\n")
+    path.write_text("user_id,item_id,price,hour\nu,1,2.5,7\n\nv,1,9,8\nv,2,,9\n")
     features = [
         {"column": "price", "of": "item", "kind": "numeric"},
         {"column": "hour", "of": "interaction", "kind": "categorical"},
@@ -214,7 +232,7 @@ def test_features_in_the_interaction_file_come_from_each_first_row(tmp_path: Pat
     raw = read(path, "csv", features=features)
     assert raw.users is None
     assert raw.items is not None
-    assert raw.items.collect().rows() == [(1, 2.5), (2, None)]
+    assert raw.items.collect().rows() == [(0, 2.5), (1, 9.0), (2, None)]
     assert raw.interactions.collect()["hour"].to_list() == ["7", "8", "9"]
 
 
@@ -264,12 +282,42 @@ def test_column_twice_in_the_header_is_refused(tmp_path: Path) -> None:
     assert '"user_id" appears twice' in complaint(path, "csv")
 
 
-def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
+def test_missing_files_are_refused(tmp_path: Path) -> None:
     assert "does not exist" in complaint(tmp_path / "no.csv", "csv")
     assert "matches no file" in complaint(tmp_path / "*.csv", "csv")
     assert "holds no .csv file" in complaint(tmp_path, "csv")
-    (tmp_path / "log.csv").touch()
-    assert "is empty" in complaint(tmp_path, "csv")
+    assert "holds no u.data or ratings.dat file" in complaint(tmp_path, "movielens")
+
+
+FORMATS = ["csv", "tsv", "parquet", "movielens", "recbole", "sequence"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_empty_file_is_refused(tmp_path: Path, format: str) -> None:
+    path = tmp_path / "log"
+    path.touch()
+    expected = f"{path}: must hold interactions, is empty; remove or replace it"
+    assert complaint(path, format) == expected
+
+
+@pytest.mark.parametrize("format", ["movielens", "sequence"])
+def test_a_file_of_blank_lines_is_refused(tmp_path: Path, format: str) -> None:
+    path = tmp_path / "log"
+    path.write_text("\n\n")
+    assert complaint(path, format) == f"{path}: must hold interactions, has none; check data.path"
+
+
+@pytest.mark.parametrize("format", ["csv", "tsv", "recbole"])
+def test_a_file_without_header_is_refused(tmp_path: Path, format: str) -> None:
+    path = tmp_path / "log"
+    path.write_text("\n\n")
+    assert complaint(path, format).startswith(f"{path}: cannot be read, empty CSV")
+
+
+def test_a_parquet_file_without_rows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log.parquet"
+    pl.DataFrame(schema={"user_id": pl.Int64, "item_id": pl.Int64}).write_parquet(path)
+    assert "must hold interactions, has none" in complaint(path, "parquet")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no parquet"])
@@ -279,7 +327,27 @@ def test_corrupt_parquet_is_refused(tmp_path: Path, damage: str) -> None:
     content = path.read_bytes()
     damaged = {"truncated": content[: len(content) // 2], "no parquet": b"user_id,item_id\n1,2\n"}
     path.write_bytes(damaged[damage])
-    assert str(path) in complaint(path, "parquet")
+    text = complaint(path, "parquet")
+    assert text.startswith(f"{path}: cannot be read, ")
+    assert text.endswith("; is the file whole, its quoting closed?")
+
+
+def test_a_rating_that_is_no_number_is_named_in_every_format(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    rule = 'must be a finite number, found "abc"; mend or remove it'
+    path.write_text(HEADER + "1,2,3,4\n1,2,abc,4\n")
+    expected = f'{path}, line 3, column "rating": {rule}'
+    assert complaint(path, "csv", columns=TIMED) == expected
+    path.write_text(HEADER.replace(",", "\t") + "1\t2\t3\t4\n1\t2\tabc\t4\n")
+    assert complaint(path, "tsv", columns=TIMED) == expected
+    path.write_text("user_id:token\titem_id:token\trating:float\n1\t2\t3\n1\t2\tabc\n")
+    assert complaint(path, "recbole", columns={"rating": "rating"}) == expected
+    path.write_text("1::2::3::4\n\n1::2::abc::4\n")
+    assert complaint(path, "movielens", columns=TIMED) == expected
+    cells = {"user_id": [1, 1], "item_id": [2, 2], "rating": ["3", "abc"]}
+    pl.DataFrame(cells).write_parquet(path)
+    expected = expected.replace("line 3", "row 2")
+    assert complaint(path, "parquet", columns={"rating": "rating"}) == expected
 
 
 def test_parquet_float_ids_are_refused(tmp_path: Path) -> None:

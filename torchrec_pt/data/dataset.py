@@ -11,10 +11,10 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.jagged import Jagged
-from torchrec_pt.data.manifest import DataError, Manifest, load_manifest
-
-SPLIT_CODES = {"train": 0, "valid": 1, "test": 2}
+from torchrec_pt.data.manifest import Manifest, load_manifest
+from torchrec_pt.data.splits import SPLIT_CODES
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,8 @@ class PreparedDataset:
         split: (N,) int8: 0 train, 1 valid, 2 test.
         rating, label: (N,) float32, or None where the raw data had no such column.
         timestamp: (N,) float64, or None.
+        interaction_features: N rows of the configured features of interactions, typed as in
+            `prepare`; without columns where there are none.
         item_counts: (num_items,) int64: training interactions of each item.
     """
 
@@ -40,6 +42,7 @@ class PreparedDataset:
     rating: Tensor | None
     timestamp: Tensor | None
     label: Tensor | None
+    interaction_features: pl.DataFrame
     item_counts: Tensor
 
     @classmethod
@@ -71,6 +74,11 @@ class PreparedDataset:
             rating=_optional_tensor(rows, "rating", pl.Float32),
             timestamp=_optional_tensor(rows, "timestamp", pl.Float64),
             label=_optional_tensor(rows, "label", pl.Float32),
+            interaction_features=rows.select(
+                summary.feature.column
+                for summary in manifest.features
+                if summary.feature.of == "interaction"
+            ),
             item_counts=_tensor(items["count"], pl.Int64),
         )
 

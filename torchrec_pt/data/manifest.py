@@ -1,4 +1,4 @@
-"""What a prepared dataset says about itself, and the error that bad data raises."""
+"""What a prepared dataset says about itself."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from torchrec_pt.config import Columns, Feature, Filters, Section, Split
+from torchrec_pt.data.errors import DataError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-
-
-class DataError(ValueError):
-    """Data the user can mend; the message is one line: where: rule, what was given; what to do."""
 
 
 class FeatureSummary(Section):

@@ -3,7 +3,7 @@
 views: NT-Xent (Chen et al. 2020, SimCLR, section 2.1) over augmented histories (Xie et al.
 2022, CL4SRec, section 3.2: crop, mask, reorder; Qiu et al. 2022, DuoRec: dropout alone).
 user_item: InfoNCE with in-batch negatives, corrected by their log frequency (Yi et al. 2019).
-Similarities are cosines; negatives come from all ranks.
+Negatives come from all ranks.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ class ContrastiveObjective(nn.Module):
     @property
     def temperature(self) -> Tensor:
         return self.log_temperature.exp()
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=1) if self.config.similarity == "cosine" else vectors
 
     # --- drawing ---------------------------------------------------------------------------
 
@@ -124,7 +127,7 @@ class ContrastiveObjective(nn.Module):
         encoded = backbone.encode_users(
             drawn.vectors["views"], noise.copies(2), is_masked=drawn.tensors["is_masked"]
         )
-        view = F.normalize(encoded, dim=1)
+        view = self._scaled(encoded)
         weight = weight.repeat(2)
         own = _first_gathered(view) + torch.arange(len(view), device=view.device)
         total = infonce_loss(
@@ -142,8 +145,8 @@ class ContrastiveObjective(nn.Module):
     def _pairs_loss(
         self, backbone: Transformer, drawn: Embedded, noise: RowNoise, weight: Tensor
     ) -> LossTerm:
-        user = F.normalize(backbone.encode_users(drawn.vectors["history"], noise), dim=1)
-        item = F.normalize(backbone.encode_items(drawn.vectors["item"].values), dim=1)
+        user = self._scaled(backbone.encode_users(drawn.vectors["history"], noise))
+        item = self._scaled(backbone.encode_items(drawn.vectors["item"].values))
         weight = weight * drawn.tensors["has_target"]
         ids, key_weight = gather_rows(drawn.tensors["item"]), gather_rows(weight)
         # An item is among the negatives as often as its share of the training data says.

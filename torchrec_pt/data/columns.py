@@ -1,0 +1,141 @@
+"""The columns that we take from a raw file: found, checked, and brought to their types."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import polars as pl
+
+from torchrec_pt.config import DataConfig, Feature
+from torchrec_pt.data.errors import DataError, reading
+from torchrec_pt.data.formats.part import RECORD, Part
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column to be read from `source` as `name`. An `optional` number may be an empty cell."""
+
+    name: str
+    source: str
+    kind: Literal["id", "number", "raw"]
+    dtype: type[pl.DataType] = pl.Float32
+    optional: bool = False
+
+
+def interaction_columns(config: DataConfig) -> list[Column]:
+    names = config.columns
+    columns = [Column("user", names.user, "id"), Column("item", names.item, "id")]
+    # The position in a sequence is its time, whether or not the config asks for it.
+    timestamp = names.timestamp or ("timestamp" if config.format == "sequence" else None)
+    if timestamp:
+        columns.append(Column("timestamp", timestamp, "number", pl.Float64))
+    if names.rating:
+        columns.append(Column("rating", names.rating, "number"))
+    if names.label:
+        columns.append(Column("label", names.label, "number"))
+    if names.split:
+        columns.append(Column("split", names.split, "raw"))
+    reserved = ("row", "user", "item", "timestamp", "rating", "label", "split")
+    return columns + feature_columns(config, "interaction", reserved)
+
+
+def feature_columns(config: DataConfig, of: str, reserved: Sequence[str]) -> list[Column]:
+    columns: list[Column] = []
+    for feature in config.features:
+        if feature.of != of:
+            continue
+        if feature.column in reserved or feature.column in [column.name for column in columns]:
+            raise DataError(
+                f'data.features: the name "{feature.column}" of a feature of {of} is taken; '
+                "rename the raw column, or declare it once"
+            )
+        columns.append(_feature_column(feature))
+    return columns
+
+
+def _feature_column(feature: Feature) -> Column:
+    kind: Literal["number", "raw"] = "number" if feature.kind == "numeric" else "raw"
+    return Column(feature.column, feature.column, kind, optional=True)
+
+
+def typed_all(parts: list[Part], columns: list[Column]) -> pl.LazyFrame:
+    return pl.concat([_typed(part, columns) for part in parts], how="vertical_relaxed")
+
+
+def _typed(part: Part, columns: list[Column]) -> pl.LazyFrame:
+    """The wanted columns of a part, under our names and types, after a pass that checks them."""
+    with reading(part.path):
+        schema = part.frame.collect_schema()
+    present = [name for name in schema if name != RECORD]
+    for column in columns:
+        if column.source not in present:
+            near = difflib.get_close_matches(column.source, present, n=1, cutoff=0.5)
+            hint = f'did you mean "{near[0]}"?' if near else "name one of them"
+            raise DataError(
+                f'{part.path}: no column "{column.source}"; it has {", ".join(present)}; {hint}'
+            )
+    cells = {column.name: _cell(part, column, schema[column.source]) for column in columns}
+    if checked := [column for column in columns if column.kind != "raw"]:
+        _check_cells(part, checked, cells)
+    return part.frame.select(cell.alias(name) for name, cell in cells.items())
+
+
+def _check_cells(part: Part, checked: list[Column], cells: Mapping[str, pl.Expr]) -> None:
+    """Find the first row with a cell that is null after its conversion, and may not be."""
+    bad = {
+        column.name: cells[column.name].is_null()
+        & (pl.col(column.source).is_not_null() if column.optional else True)
+        for column in checked
+    }
+    with reading(part.path):
+        first_bad = (
+            part.frame.filter(pl.any_horizontal(bad.values()))
+            .head(1)
+            .select(
+                RECORD,
+                *(flag.alias(f"bad {name}") for name, flag in bad.items()),
+                *(pl.col(column.source).alias(f"cell {column.name}") for column in checked),
+            )
+            .collect(engine="streaming")
+        )
+    for row in first_bad.iter_rows(named=True):
+        column = next(column for column in checked if row[f"bad {column.name}"])
+        cell = row[f"cell {column.name}"]
+        what = "an id" if column.kind == "id" else "a finite number"
+        given = "is empty" if cell in (None, "") else f'found "{cell}"'
+        raise DataError(
+            f'{part.path}, {part.place(row[RECORD])}, column "{column.source}": '
+            f"must be {what}, {given}; mend or remove it"
+        )
+
+
+def _cell(part: Part, column: Column, dtype: pl.DataType) -> pl.Expr:
+    """A column in its final type; null where an id is empty or a number is none."""
+    cell = pl.col(column.source)
+    where = f'{part.path}, column "{column.source}"'
+    if isinstance(dtype, pl.Categorical | pl.Enum):
+        cell, dtype = cell.cast(pl.String), pl.String()
+    if column.kind == "raw":
+        return pl.when(cell != "").then(cell) if dtype == pl.String else cell
+    if column.kind == "id":
+        if dtype == pl.String:
+            return pl.when(cell != "").then(cell)
+        if dtype.is_integer():
+            return cell.cast(pl.Int64 if _fits_int64(dtype) else pl.String)
+        raise DataError(f"{where}: ids must be integers or strings, found {dtype}; cast them")
+    if dtype in (pl.Date, pl.Datetime):
+        number = cell.cast(pl.Datetime("us")).dt.epoch("us") / 1_000_000
+    elif dtype == pl.String:
+        number = cell.str.strip_chars().cast(pl.Float64, strict=False)
+    elif dtype.is_numeric() or dtype == pl.Boolean:
+        number = cell.cast(pl.Float64)
+    else:
+        raise DataError(f"{where}: must be numbers, found {dtype}; convert the column")
+    return pl.when(number.is_finite()).then(number).cast(column.dtype)
+
+
+def _fits_int64(dtype: pl.DataType) -> bool:
+    return dtype.is_integer() and dtype not in (pl.UInt64, pl.Int128)
