@@ -9,11 +9,14 @@ import polars as pl
 import pytest
 import torch
 
-from tests.conftest import tiny_config
-from torchrec_pt import Recommender, cli, pipeline
-from torchrec_pt.config import RunConfig
+from tests.conftest import NUM_ITEMS, tiny_config
+from torchrec_pt import Recommender, checkpoint, cli, pipeline
+from torchrec_pt.build import Built, build_learner
+from torchrec_pt.config import RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.distributed import join_ranks
 from torchrec_pt.runs import load_result
+from torchrec_pt.transfer import load_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -110,35 +113,48 @@ def test_neither_user_nor_history_is_refused(finished: RunConfig) -> None:
         recommender.recommend("nobody")
 
 
-def test_fine_tuning_loads_every_parameter_of_the_backbone(
-    finished: RunConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
+def _built(config: RunConfig) -> Built:
+    return build_learner(config, TrainConfig(), [], NUM_ITEMS, join_ranks())
+
+
+def test_fine_tuning_loads_every_parameter_of_the_backbone(finished: RunConfig) -> None:
     pretrained = load_result(finished.run_dir / "pretrain")
     assert pretrained is not None
-    from torchrec_pt import checkpoint
-    from torchrec_pt.build import build_learner
-    from torchrec_pt.config import TrainConfig
-    from torchrec_pt.distributed import join_ranks
-    from torchrec_pt.transfer import load_pretrained
-
-    built = build_learner(finished, TrainConfig(), [], 30, join_ranks())
-    report = load_pretrained(pretrained.checkpoint, built.model)
-    assert not report.new
-    assert not report.dropped
+    report = load_pretrained(pretrained.checkpoint, _built(finished).model)
     held = checkpoint.shapes(pretrained.checkpoint)
     assert report.loaded == sorted(name for name in held if name.startswith("model."))
+    assert not report.new
+    assert not report.dropped
 
 
-def test_fine_tuning_refuses_a_checkpoint_of_another_shape(
-    finished: RunConfig, tmp_path: Path
-) -> None:
-    wider = finished.model_copy(
-        update={"model": finished.model.model_copy(update={"dim": 32}), "run_dir": tmp_path}
-    )
-    pipeline.prepare(wider)
-    (tmp_path / "pretrain").symlink_to(finished.run_dir / "pretrain")
-    with pytest.raises(ValueError, match=r"is \(16,\), the model wants \(32,\)"):
-        pipeline.finetune(wider)
+def test_transfer_refuses_another_shape_and_another_model(finished: RunConfig) -> None:
+    pretrained = load_result(finished.run_dir / "pretrain")
+    assert pretrained is not None
+    wider = finished.model.model_copy(update={"dim": 32})
+    with pytest.raises(ValueError, match=r"is \(.*16.*\), the model wants \(.*32.*\)"):
+        load_pretrained(
+            pretrained.checkpoint, _built(finished.model_copy(update={"model": wider})).model
+        )
+
+    class Stranger(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match="no parameter in common"):
+        load_pretrained(pretrained.checkpoint, Stranger())  # type: ignore[arg-type]
+
+
+def test_results_of_another_configuration_are_not_taken_for_this_one(finished: RunConfig) -> None:
+    reseeded = finished.model_copy(update={"seed": 1})
+    pipeline.prepare(reseeded)
+    try:
+        assert list(pipeline.evaluate(reseeded).metrics) == ["popularity", "item-kNN"]
+        with pytest.raises(ValueError, match="no finished pretraining of this configuration"):
+            pipeline.finetune(reseeded)
+    finally:
+        pipeline.prepare(finished)
+        pipeline.evaluate(finished)
 
 
 def _toml(folder: Path, cycle_folder: Path) -> Path:

@@ -69,8 +69,9 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Read the named tensors in place, whatever the ranks and the sharding that saved them.
 
     Raises:
-        CheckpointError: a tensor that the checkpoint lacks or holds in another shape.
+        CheckpointError: damaged, or a tensor that it lacks or holds in another shape.
     """
+    verify(path)
     held = shapes(path)
     flat = {name: t.reshape(1) if t.dim() == 0 else t for name, t in tensors.items()}
     for name, tensor in flat.items():
@@ -91,7 +92,18 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The JSON state of a checkpoint, after its files were checked against their hashes.
+    """The JSON state of a checkpoint.
+
+    Raises:
+        CheckpointError: incomplete or damaged.
+    """
+    verify(path)
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    return state
+
+
+def verify(path: Path) -> None:
+    """Check every file against its hash.
 
     Raises:
         CheckpointError: incomplete or damaged.
@@ -103,8 +115,6 @@ def load_state(path: Path) -> dict[str, Any]:
     for name, expected in hashes.items():
         if not (path / name).is_file() or _sha256(path / name) != expected:
             raise CheckpointError(f"{path / name}: damaged or missing; use another checkpoint")
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    return state
 
 
 def saved(folder: Path) -> list[Path]:

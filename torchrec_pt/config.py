@@ -154,7 +154,7 @@ class ModelConfig(Section):
     ffn_dim: int | None = Field(None, ge=1, description="default: 4 × dim")
     max_length: int = Field(50, ge=2, description="newest items of a history that are read")
     attention: Literal["causal", "bidirectional"] = "bidirectional"
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: float = Field(0.2, ge=0, le=0.99)
     item_table: TableConfig = TableConfig()
 
     @model_validator(mode="after")
@@ -244,7 +244,7 @@ class FinetuneConfig(Section):
 
 
 class EvaluateConfig(Section):
-    ks: tuple[int, ...] = Field((5, 10, 20), min_length=1)
+    ks: tuple[Annotated[int, Field(ge=1)], ...] = Field((5, 10, 20), min_length=1)
     batch_size: int = Field(256, ge=1)
     baselines: tuple[Literal["popularity", "item_knn"], ...] = ()
 
@@ -256,7 +256,7 @@ class ExportConfig(Section):
 class ShowConfig(Section):
     """What `run` prints at its end: recommendations for one user."""
 
-    user: str | None = Field(None, description="external id; default: the first user")
+    user: str | int | None = Field(None, description="external id; default: the first user")
     k: int = Field(5, ge=1)
     title: str | None = Field(None, description="item feature shown beside the id")
 
@@ -331,11 +331,18 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem of a validation error as one line: where, what, how to mend."""
-    first = error.errors()[0]
+    errors = error.errors()
+    # A list whose element is wrong is reported as too short besides.
+    problems = [
+        one
+        for one in errors
+        if not any(o["loc"][: len(one["loc"])] == one["loc"] != o["loc"] for o in errors)
+    ]
+    first = problems[0]
     location, kind = first["loc"], first["type"]
     # A union puts the chosen tag into the location: finetune.ranking, objectives.0.masked_item.
     model, where = _walk(root, location)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if kind == "extra_forbidden":
         key = str(location[-1])
         near = difflib.get_close_matches(key, model.model_fields if model else (), n=1, cutoff=0.5)

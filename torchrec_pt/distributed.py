@@ -2,7 +2,7 @@
 
 Convention: every rank differentiates the SUM of the loss over all rows of the
 global batch. A collective's backward therefore sums over ranks, and nothing
-here averages; DDP and TorchRec do, which `train` undoes once, in the scale.
+here averages; DDP and TorchRec do, which `learner` undoes once, in the scale.
 """
 
 from __future__ import annotations

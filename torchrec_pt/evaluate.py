@@ -40,11 +40,21 @@ class HeldOut:
 
 
 def held_out(dataset: PreparedDataset, split: Literal["valid", "test"]) -> HeldOut:
-    """The users with targets in `split`; all they took before counts as seen."""
-    targets = dataset.targets(split)
+    """The users with targets in `split`; all they took before counts as seen.
+
+    An item that a user took twice is one target.
+    """
+    targets = _distinct(dataset.targets(split), dataset.num_items)
     users = torch.nonzero(targets.lengths > 0).squeeze(1)
     seen = dataset.history("train" if split == "valid" else "valid")
     return HeldOut(users, seen.select(users), targets.select(users))
+
+
+def _distinct(items: Jagged, num_items: int) -> Jagged:
+    """Each item of a row once, in ascending order."""
+    keys = torch.unique(items.rows * num_items + items.values)
+    lengths = torch.bincount(keys // num_items, minlength=items.num_rows)
+    return Jagged.from_lengths(keys % num_items, lengths)
 
 
 @torch.no_grad()
@@ -54,19 +64,26 @@ def rank_targets(
     """Ranks from 1 of every target, U rows; equal scores rank by dense item id.
 
     Every rank calls it, with the same users, and gets the same answer.
+
+    Raises:
+        ValueError: scores that are not finite, which no rank can be read from.
     """
     begin, end = ranks.part_of(num_items)
     counted: list[Tensor] = []
     for first, block in _blocks(asked.users, batch_size):
         rows = torch.arange(first, first + len(block))
-        seen, targets = asked.seen.select(rows), asked.targets.select(rows)
         scores = scorer(block)
+        if not bool(torch.isfinite(scores).all()):
+            raise ValueError("evaluate: the model's scores are not finite; train it again")
+        seen = asked.seen.select(rows).to(scores.device)
+        targets = asked.targets.select(rows).to(scores.device)
         row, item = targets.rows, targets.values - begin
         is_held = (item >= 0) & (item < end - begin)
         own = scores.new_zeros(len(row))
         own[is_held] = scores[row[is_held], item[is_held]]
         own = sum_over_ranks(own)
         _hide(scores, seen, begin)
+        scores[row[is_held], item[is_held]] = own[is_held]  # a target is a candidate though seen
         # Targets of long rows are taken in pieces of about the block's size.
         ahead = [
             _count_ahead(scores[r], o.unsqueeze(1), i)
@@ -74,7 +91,7 @@ def rank_targets(
                 row.split(batch_size), own.split(batch_size), item.split(batch_size), strict=True
             )
         ]
-        counted.append(sum_over_ranks(torch.cat(ahead)) + 1)
+        counted.append((sum_over_ranks(torch.cat(ahead)) + 1).cpu())
     return asked.targets.with_values(torch.cat(counted))
 
 
@@ -126,9 +143,16 @@ class UserEncoder:
     @torch.no_grad()
     def __call__(self, users: Tensor) -> Tensor:
         begin, end = self.ranks.part_of(len(users))
-        history = self.history.select(users[begin:end]).tail(self.backbone.history_length)
-        vectors = self.backbone.items(lookup_ids(history.values))
-        return gather_rows(self.backbone.encode_users(history.with_values(vectors)))
+        history = self.history.select(users[begin:end]).to(self.ranks.device)
+        return gather_rows(encode_histories(self.backbone, history))
+
+
+@torch.no_grad()
+def encode_histories(backbone: Transformer, history: Jagged) -> Tensor:
+    """(R, D) user vectors from R rows of item ids, of which the newest are read."""
+    history = history.tail(backbone.history_length)
+    vectors = backbone.items(lookup_ids(history.values))
+    return backbone.encode_users(history.with_values(vectors))
 
 
 def top_items(
@@ -142,7 +166,7 @@ def top_items(
     begin, _ = ranks.part_of(num_items)
     scores = scorer(users)
     if seen is not None:
-        _hide(scores, seen, begin)
+        _hide(scores, seen.to(scores.device), begin)
     best = scores.topk(min(k, scores.shape[1]), dim=1)
     if dist.get_world_size() == 1:
         return best.indices, best.values

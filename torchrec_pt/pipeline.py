@@ -1,7 +1,7 @@
 """The stages of a run, each a function of the configuration.
 
-Every rank calls a stage; the first one writes. A stage whose result is there, made from
-the same configuration and inputs, is not done again.
+Every rank calls a stage; the first one writes. Preparation and training whose result is
+there, made from the same configuration and inputs, are not done again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import torch.distributed as dist
@@ -34,8 +33,6 @@ from torchrec_pt.runs import StageResult, load_result, write_json
 from torchrec_pt.tasks.ranking import RankingTask
 from torchrec_pt.train import MONITOR, Trainer
 from torchrec_pt.transfer import load_pretrained
-
-PREFERRED_METRICS = ("hr", "ndcg")
 
 
 @dataclass(frozen=True)
@@ -125,11 +122,11 @@ def finetune(config: RunConfig, console: Console | None = None) -> dict[str, Sta
         raise ValueError("finetune: no task is configured; add [finetune.ranking]")
     with _stage(config, console) as stage:
         dataset = PreparedDataset.load(config.prepared_dir)
-        pretrained = load_result(config.run_dir / "pretrain")
+        pretrained = _finished(config, dataset, "pretrain")
         if pretrained is None:
             raise ValueError(
-                f"finetune: {config.run_dir / 'pretrain'} holds no finished pretraining; "
-                "run the pretrain stage first"
+                f"finetune: {config.run_dir / 'pretrain'} holds no finished pretraining of this "
+                "configuration and data; run the pretrain stage first"
             )
         arms: dict[str, StageResult | None] = {"pretrained": pretrained}
         if ranking.control == "scratch":
@@ -160,13 +157,8 @@ def _train(
 ) -> StageResult:
     """One training stage from its initial values, or from those of an earlier stage."""
     config, ranks = stage.config, stage.ranks
-    fingerprint = _fingerprint(
-        dataset.manifest.fingerprint,
-        config.model.digest(),
-        train.digest(),
-        config.seed,
-        start_from and start_from.fingerprint,
-    )
+    start = start_from.fingerprint if start_from is not None else None
+    fingerprint = _fingerprint(config, dataset, train, start)
     finished = load_result(folder)
     if finished is not None and finished.fingerprint == fingerprint:
         stage.say(f"{name}: done before; valid {MONITOR} {finished.metrics[MONITOR]:.4f}")
@@ -199,6 +191,8 @@ def _train(
         console=stage.console,
     )
     asked = held_out(dataset, "valid")
+    if not len(asked.users):
+        raise ValueError(f"{name}: no user has a validation interaction; change data.split")
     history = dataset.history("train")
 
     def validate() -> dict[str, float]:
@@ -213,7 +207,7 @@ def _train(
         fingerprint,
         {
             "checkpoint": str(trainer.best_checkpoint.relative_to(folder)),
-            "metrics": {n: v for n, v in best.items() if "/" not in n},
+            "metrics": best["metrics"],
             "curve": position.curve,
             "seconds": time.monotonic() - started_at,
         },
@@ -278,7 +272,7 @@ def _scorers(stage: Stage, dataset: PreparedDataset) -> Iterator[tuple[str, Scor
         "scratch": "finetune/ranking/scratch",
         "fine-tuned": "finetune/ranking/pretrained",
     }.items():
-        result = load_result(config.run_dir / folder)
+        result = _finished(config, dataset, folder)
         if result is not None:
             backbone = load_backbone(config, result.checkpoint, dataset.num_items, ranks)
             yield name, ModelScorer(backbone, history, ranks)
@@ -319,7 +313,9 @@ def export_run(config: RunConfig, console: Console | None = None) -> dict[str, P
         return paths
 
 
-def recommend(config: RunConfig, user: str | None, k: int) -> tuple[str, list[Recommendation]]:
+def recommend(
+    config: RunConfig, user: str | int | None, k: int
+) -> tuple[str, list[Recommendation]]:
     """The user's external id (the first user's if None) and k recommendations."""
     with joined_ranks():
         recommender = Recommender.load(config.run_dir)
@@ -354,8 +350,34 @@ def run(config: RunConfig, console: Console | None = None) -> RunResult:
     return RunResult(evaluation, exported, user, recommendations, time.monotonic() - started_at)
 
 
-def _fingerprint(*parts: Any) -> str:
+def _fingerprint(
+    config: RunConfig, dataset: PreparedDataset, train: TrainConfig, start: str | None
+) -> str:
+    """Names everything that a training stage's result depends on; `start`: where it starts from."""
+    parts = (
+        dataset.manifest.fingerprint,
+        config.model.digest(),
+        train.digest(),
+        config.seed,
+        start,
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _finished(config: RunConfig, dataset: PreparedDataset, folder: str) -> StageResult | None:
+    """The result of a training stage, if it was made from this configuration and data."""
+    pretrain, ranking = config.pretrain, config.finetune.ranking
+    expected = {}
+    if pretrain is not None:
+        expected["pretrain"] = _fingerprint(config, dataset, pretrain, None)
+    if ranking is not None:
+        start = expected.get("pretrain")
+        expected["finetune/ranking/pretrained"] = _fingerprint(config, dataset, ranking, start)
+        expected["finetune/ranking/scratch"] = _fingerprint(config, dataset, ranking, None)
+    result = load_result(config.run_dir / folder)
+    if result is None or result.fingerprint != expected.get(folder):
+        return None
+    return result
 
 
 def _saved_by_first(result: StageResult, ranks: Ranks) -> StageResult:

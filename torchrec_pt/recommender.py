@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from torchrec_pt.build import load_backbone
-from torchrec_pt.data.batch import lookup_ids
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, join_ranks
-from torchrec_pt.evaluate import ModelScorer, top_items
+from torchrec_pt.evaluate import ModelScorer, encode_histories, top_items
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.runs import load_run
 
@@ -76,7 +75,7 @@ class Recommender:
         else:
             ids = [self.dataset.item_index(item) for item in history or ()]
             seen = Jagged(torch.tensor(ids, dtype=torch.int64), torch.tensor([0, len(ids)]))
-        vector = self._encode(seen)
+        vector = encode_histories(self.backbone, seen.to(self.ranks.device))
         ids_, scores = top_items(
             lambda _: vector @ self._scorer.keys.T,
             torch.zeros(1, dtype=torch.int64),
@@ -86,12 +85,6 @@ class Recommender:
             self.ranks,
         )
         return self._answers(ids_[0], scores[0])
-
-    @torch.no_grad()
-    def _encode(self, history: Jagged) -> Tensor:
-        history = history.tail(self.backbone.history_length)
-        vectors = self.backbone.items(lookup_ids(history.values))
-        return self.backbone.encode_users(history.with_values(vectors))
 
     def _answers(self, ids: Tensor, scores: Tensor) -> list[Recommendation]:
         is_candidate = torch.isfinite(scores)

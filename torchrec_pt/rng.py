@@ -79,6 +79,12 @@ class RowNoise:
         base = mix(self.rows + key(self.seed, self.step, site)).unsqueeze(1)
         return unit_interval(mix(base + torch.arange(num, device=self.rows.device) * _GOLDEN))
 
+    def integers(self, site: str, num: int, high: int) -> Tensor:
+        """(B, num) int64 uniform in [0, high); the remainder of 63 bits, so high < 2^40 is even."""
+        base = mix(self.rows + key(self.seed, self.step, site)).unsqueeze(1)
+        bits = mix(base + torch.arange(num, device=self.rows.device) * _GOLDEN)
+        return _shift_right(bits, 1) % high
+
     def per_token(self, site: str, row_of_token: Tensor, position: Tensor) -> Tensor:
         """(T,) float32 uniform in [0, 1); the token at `position` of row `row_of_token`."""
         return unit_interval(self.token_bits(site, row_of_token, position))

@@ -4,8 +4,8 @@
 <run_dir>/config.json          the resolved configuration
 <run_dir>/pretrain/            checkpoints/, tensorboard/, result.json
 <run_dir>/finetune/ranking/    pretrained/ and scratch/, each like pretrain/
-<run_dir>/evaluate/            result.json, ranks.parquet
-<run_dir>/export/              items.parquet, users.parquet, result.json
+<run_dir>/evaluate/            result.json, users.parquet (the metrics of each user)
+<run_dir>/export/              items.parquet, users.parquet
 """
 
 from __future__ import annotations

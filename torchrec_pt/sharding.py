@@ -31,13 +31,14 @@ from torchrec_pt import rng
 from torchrec_pt.config import TableConfig, TrainConfig
 from torchrec_pt.data.batch import ITEM
 from torchrec_pt.distributed import Ranks
-from torchrec_pt.models.item_table import INIT_STD
 
 # TorchRec and torch speak at every start of things that their user can do nothing about.
 logging.getLogger("torchrec.distributed.planner").setLevel(logging.WARNING)
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 for _message in ("`broadcast_buffers` is deprecated", "Please use DTensor instead"):
     warnings.filterwarnings("ignore", message=_message, category=FutureWarning)
+
+INIT_STD = 0.02  # as BERT4Rec, section 3.6
 
 FUSED_OPTIMIZERS = {
     "sgd": torch.optim.SGD,

@@ -39,8 +39,8 @@ class Position:
     """How far a stage has come; saved with every checkpoint.
 
     Attributes:
-        curve: one entry per validation: epoch, mean losses since the last one, metrics.
-        best: the entry of `curve` with the best monitored metric, and its step.
+        curve: one entry per validation: epoch, step, mean losses of the last epoch, metrics.
+        best_step, best_metric: of the entry with the best monitored metric.
     """
 
     epoch: int = 0
@@ -48,7 +48,7 @@ class Position:
     best_step: int = 0
     best_metric: float = -math.inf
     validations_since_best: int = 0
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trainer:
@@ -105,7 +105,9 @@ class Trainer:
                 self.position.epoch += 1
                 if self.position.epoch % self.config.validate_every == 0 or self._is_last_epoch():
                     self._validate_and_save(validate, losses, writer)
-                    progress.note(f"valid {MONITOR} {self.position.curve[-1][MONITOR]:.4f}")
+                    progress.note(
+                        f"valid {MONITOR} {self.position.curve[-1]['metrics'][MONITOR]:.4f}"
+                    )
             progress.note(f"best valid {MONITOR} {self.position.best_metric:.4f}")
         if writer is not None:
             writer.close()
@@ -144,9 +146,7 @@ class Trainer:
                     writer.add_scalar(f"loss/{name}", mean, self.position.step)
             progress.advance(loss, rows.num_rows * self.ranks.world_size)
         mean = total / self.loader.steps_per_epoch
-        return {
-            f"loss/{n}": value for n, value in zip(self.learner.names, mean.tolist(), strict=True)
-        }
+        return dict(zip(self.learner.names, mean.tolist(), strict=True))
 
     def step(self, rows: Rows) -> StepLoss:
         """Forward, backward and update on this rank's rows of one global batch."""
@@ -180,7 +180,9 @@ class Trainer:
         self.model.eval()
         metrics = validate()
         position = self.position
-        position.curve.append({"epoch": position.epoch, "step": position.step, **losses, **metrics})
+        position.curve.append(
+            {"epoch": position.epoch, "step": position.step, "losses": losses, "metrics": metrics}
+        )
         if metrics[MONITOR] > position.best_metric:
             position.best_metric, position.best_step = metrics[MONITOR], position.step
             position.validations_since_best = 0

@@ -62,6 +62,9 @@ class Jagged:
         """(T,) int64: the place of each value in its row, from 0."""
         return torch.arange(len(self.values), device=self.offsets.device) - self.offsets[self.rows]
 
+    def to(self, device: torch.device) -> Jagged:
+        return Jagged(self.values.to(device), self.offsets.to(device))
+
     def with_values(self, values: Tensor) -> Jagged:
         """The same rows around other values (T, …)."""
         return Jagged(values, self.offsets)

@@ -10,8 +10,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_pt.data.batch import ITEM, lookup_ids
 
-INIT_STD = 0.02  # as BERT4Rec and SASRec
-
 
 class ItemTable(nn.Module):
     """(num_items, dim) float32 embeddings, on every rank or sharded over them.
@@ -47,4 +45,5 @@ class ItemTable(nn.Module):
         """(end − begin, dim) consecutive rows; each rank of a sharded table asks for its own."""
         if not self.is_sharded:
             return self.weight[begin:end]
-        return self(lookup_ids(torch.arange(begin, end)))
+        device = next(self.collection.parameters()).device
+        return self(lookup_ids(torch.arange(begin, end, device=device)))

@@ -75,7 +75,15 @@ class Transformer(nn.Module):
             is_masked: (T,) bool, tokens to replace by [MASK].
         Returns:
             (T, D)
+        Raises:
+            ValueError: a row longer than max_length.
         """
+        attention = _Attention(tokens.offsets, self.is_causal)
+        if attention.longest > self.max_length:
+            raise ValueError(
+                f"encode_positions: rows may have {self.max_length} items, "
+                f"given one of {attention.longest}; cut it with Jagged.tail"
+            )
         row, slot = tokens.rows, self._slot(tokens)
         x = tokens.values
         if is_masked is not None:
@@ -83,7 +91,6 @@ class Transformer(nn.Module):
         x = x + self.position[slot]
         drop = _Dropout(self.dropout, noise, "dropout", row, slot)
         x = drop(x)
-        attention = _Attention(tokens.offsets, self.is_causal)
         for block in self.blocks:
             x = block(x, attention, drop)
         return self.norm(x)

@@ -2,7 +2,8 @@
 
 views: NT-Xent (Chen et al. 2020, SimCLR, section 2.1) over augmented histories (Xie et al.
 2022, CL4SRec, section 3.2: crop, mask, reorder; Qiu et al. 2022, DuoRec: dropout alone).
-user_item: InfoNCE with in-batch negatives, corrected by their log frequency (Yi et al. 2019).
+user_item: InfoNCE with in-batch negatives, corrected by their log frequency (Yi et al. 2019;
+the positive, always present, is left uncorrected).
 Negatives come from all ranks.
 """
 

@@ -50,8 +50,7 @@ class RankingTask(nn.Module):
         if self.config.loss == "softmax":
             return Draw(lookups={"history": history}, tensors=tensors)
 
-        lots = noise.per_row("ranking.negatives", self.config.num_negatives)
-        negatives = (lots.double() * self.num_items).long()
+        negatives = noise.integers("ranking.negatives", self.config.num_negatives, self.num_items)
         row = torch.arange(len(cut))
         taken = histories.rows * self.num_items + histories.values
         is_allowed = ~torch.isin(row.unsqueeze(1) * self.num_items + negatives, taken)

@@ -1,0 +1,225 @@
+"""The transformer's contract, and every number against attention written out row by row."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchrec_pt.config import ModelConfig
+from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.models.transformer import Transformer
+from torchrec_pt.rng import RowNoise
+
+DIM, MAX_LENGTH = 16, 6
+LENGTHS = (3, 0, 5, 1, 4)
+ATTENTION = pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+
+
+def _model(attention: str, dropout: float = 0.0) -> Transformer:
+    config = ModelConfig(
+        dim=DIM, num_layers=2, num_heads=2, max_length=MAX_LENGTH, attention=attention,
+        dropout=dropout,
+    )  # fmt: skip
+    model = Transformer(config, num_items=10)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.is_meta:
+                # Wide enough that every part of the sum is seen in the result.
+                offset = 1.0 if name.endswith("norm.weight") else 0.0
+                parameter.copy_(offset + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def _history(lengths: tuple[int, ...] = LENGTHS, seed: int = 1) -> Jagged:
+    values = torch.randn(sum(lengths), DIM, generator=torch.Generator().manual_seed(seed))
+    return Jagged.from_lengths(values, torch.tensor(lengths, dtype=torch.int64))
+
+
+def _row(jagged: Jagged, row: int) -> Tensor:
+    return jagged.values[jagged.offsets[row] : jagged.offsets[row + 1]]
+
+
+def _naive_norm(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
+    centred = x - x.mean(1, keepdim=True)
+    deviation = (centred.square().mean(1, keepdim=True) + norm.eps).sqrt()
+    return centred / deviation * norm.weight.double() + norm.bias.double()
+
+
+def _naive_linear(x: Tensor, linear: torch.nn.Linear) -> Tensor:
+    return x @ linear.weight.double().T + linear.bias.double()
+
+
+def _naive_positions(model: Transformer, tokens: Tensor) -> Tensor:
+    """One row (L, D), no packing or padding, in float64."""
+    length, head_dim = len(tokens), DIM // 2
+    x = tokens.double() + model.position[MAX_LENGTH - length :].double()
+    for block in model.blocks:
+        q, k, v = _naive_linear(_naive_norm(x, block.attention_norm), block.qkv).split(DIM, 1)
+        heads = []
+        for head in range(2):
+            part = slice(head * head_dim, (head + 1) * head_dim)
+            mixed = []
+            for i in range(length):
+                last = i + 1 if model.is_causal else length
+                weight = torch.exp(k[:last, part] @ q[i, part] / math.sqrt(head_dim))
+                mixed.append(weight / weight.sum() @ v[:last, part])
+            heads.append(torch.stack(mixed))
+        x = x + _naive_linear(torch.cat(heads, 1), block.out)
+        hidden = _naive_linear(_naive_norm(x, block.ffn_norm), block.ffn_in)
+        hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
+        x = x + _naive_linear(hidden, block.ffn_out)
+    return _naive_norm(x, model.norm)
+
+
+@ATTENTION
+def test_positions_match_attention_written_out(attention: str) -> None:
+    model, history = _model(attention), _history()
+    is_masked = torch.arange(len(history.values)) % 3 == 1
+    got = model.encode_positions(history, None, is_masked=is_masked)
+    tokens = history.values.clone()
+    tokens[is_masked] = model.mask.detach()
+    rows = [_row(history.with_values(tokens), r) for r, length in enumerate(LENGTHS) if length]
+    expected = torch.cat([_naive_positions(model, row) for row in rows])
+    # float32 against float64, behind a last norm that keeps values near 1
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@ATTENTION
+def test_users_match_the_last_position_of_a_history_of_their_own(attention: str) -> None:
+    model, history = _model(attention), _history()
+    got = model.encode_users(history)
+    for row, length in enumerate(LENGTHS):
+        tokens = _row(history, row)
+        if attention == "bidirectional":
+            tokens = torch.cat([tokens, model.mask.detach().unsqueeze(0)])
+        expected = torch.zeros(DIM).double()
+        if len(tokens):
+            expected = _naive_positions(model, tokens)[-1]
+        # float32 against float64, as above
+        torch.testing.assert_close(got[row].double(), expected, rtol=1e-5, atol=1e-5)
+        assert bool((got[row] == 0).all()) == (attention == "causal" and length == 0)
+
+
+@ATTENTION
+def test_a_user_does_not_depend_on_who_shares_the_batch(attention: str) -> None:
+    model, history = _model(attention), _history()
+    together = model.encode_users(history)
+    order = torch.tensor([4, 2, 0])
+    torch.testing.assert_close(model.encode_users(history.select(order)), together[order])
+    strangers = Jagged.stack([_history((MAX_LENGTH - 1,), seed=9), history])
+    torch.testing.assert_close(model.encode_users(strangers)[1:], together)
+    for row in range(len(LENGTHS)):
+        alone = model.encode_users(history.select(torch.tensor([row])))
+        torch.testing.assert_close(alone[0], together[row])
+
+
+@ATTENTION
+def test_no_gradient_flows_between_users(attention: str) -> None:
+    model, history = _model(attention), _history()
+    values = history.values.requires_grad_()
+    model.encode_users(history.with_values(values))[2].square().sum().backward()
+    is_own = history.rows == 2
+    assert values.grad is not None
+    assert (values.grad[~is_own] == 0).all()
+    assert (values.grad[is_own] != 0).any(1).all()
+
+
+@ATTENTION
+def test_causal_never_sees_later_tokens_and_bidirectional_does(attention: str) -> None:
+    model, history = _model(attention), _history((5,))
+    before = model.encode_positions(history, None)
+    changed = history.values.clone()
+    changed[3] *= -1  # a constant added to all of it would vanish in the layer norms
+    after = model.encode_positions(history.with_values(changed), None)
+    is_changed = (before - after).abs().amax(1) > 1e-4
+    earlier = attention == "bidirectional"
+    assert is_changed.tolist() == [earlier, earlier, earlier, True, True]
+    if not earlier:
+        assert torch.equal(before[:3], after[:3])
+
+
+@ATTENTION
+def test_empty_histories_alone_are_allowed(attention: str) -> None:
+    model = _model(attention)
+    users = model.encode_users(_history((0, 0)))
+    assert users.shape == (2, DIM)
+    assert torch.equal(users[0], users[1])
+    assert (users == 0).all() == (attention == "causal")
+    assert model.encode_users(_history(())).shape == (0, DIM)
+    assert model.encode_positions(_history((0, 0)), None).shape == (0, DIM)
+
+
+@ATTENTION
+def test_the_longest_history_that_is_read_fills_all_positions(attention: str) -> None:
+    model = _model(attention)
+    assert model.history_length == MAX_LENGTH - (attention == "bidirectional")
+    model.encode_users(_history((model.history_length, 1))).square().sum().backward()
+    assert model.position.grad is not None
+    assert (model.position.grad != 0).any(1).all()
+
+
+@ATTENTION
+def test_the_newest_item_takes_the_same_position_in_any_history(attention: str) -> None:
+    model = _model(attention)
+    model.encode_users(_history((1,))).square().sum().backward()
+    assert model.position.grad is not None
+    used = (model.position.grad != 0).any(1)
+    num_tokens = 2 if attention == "bidirectional" else 1
+    assert used.tolist() == [False] * (MAX_LENGTH - num_tokens) + [True] * num_tokens
+
+
+@ATTENTION
+def test_dropout_acts_only_with_noise_and_follows_the_global_row(attention: str) -> None:
+    model, history = _model(attention, dropout=0.3), _history()
+    model.train()
+    assert torch.equal(model.encode_users(history), _model(attention).encode_users(history))
+    noise = RowNoise(0, 5, torch.arange(5))
+    dropped = model.encode_users(history, noise)
+    assert ((dropped - model.encode_users(history)).abs().amax(1) > 1e-4)[[0, 2, 3, 4]].all()
+    assert torch.equal(model.encode_users(history, noise), dropped)
+    rows = torch.tensor([4, 0])
+    alone = model.encode_users(history.select(rows), RowNoise(0, 5, rows))
+    torch.testing.assert_close(alone, dropped[rows])
+    other_step = model.encode_users(history, RowNoise(0, 6, torch.arange(5)))
+    assert not torch.allclose(other_step, dropped)
+
+
+@ATTENTION
+def test_a_masked_token_is_replaced_by_the_mask_vector(attention: str) -> None:
+    model, history = _model(attention), _history()
+    is_masked = torch.zeros(len(history.values), dtype=torch.bool)
+    is_masked[[1, 5]] = True
+    values = history.values.clone()
+    values[is_masked] = 1e6
+    poisoned = model.encode_users(history.with_values(values), is_masked=is_masked)
+    values[is_masked] = model.mask.detach()
+    assert torch.equal(poisoned, model.encode_users(history.with_values(values)))
+
+
+@ATTENTION
+def test_gradients_reach_every_parameter(attention: str) -> None:
+    model, history = _model(attention), _history((MAX_LENGTH - 1, MAX_LENGTH - 1))
+    noise = RowNoise(0, 0, torch.arange(2))
+    is_masked = history.positions == 2
+    out = model.encode_positions(history, noise, is_masked=is_masked).square().sum()
+    longest = _history((model.history_length,))
+    (out + model.encode_users(longest).square().sum()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            continue  # the item table, which is looked up outside
+        assert parameter.grad is not None, name
+        if name.endswith("qkv.bias"):
+            # Softmax does not see a constant added to every key, so the keys' third is idle.
+            grad = parameter.grad.unflatten(0, (3, DIM))[[0, 2]]
+        else:
+            grad = parameter.grad
+        assert (grad != 0).all(), name
+
+
+def test_item_vectors_are_the_rows_of_the_table() -> None:
+    rows = torch.randn(3, DIM)
+    assert torch.equal(_model("causal").encode_items(rows), rows)

@@ -1,0 +1,244 @@
+"""Contrastive pretraining: each augmentation, the pairs, both losses, and that they learn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.conftest import tiny_config
+from tests.training import losses
+from torchrec_pt.config import Contrastive, ModelConfig
+from torchrec_pt.data.batch import Draw, Embedded, Rows
+from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.distributed import Ranks, joined_ranks
+from torchrec_pt.models.transformer import Transformer
+from torchrec_pt.objectives.contrastive import ContrastiveObjective
+from torchrec_pt.rng import RowNoise
+
+MODEL = ModelConfig(dim=16, num_layers=1, max_length=11, dropout=0, attention="bidirectional")
+READ = 10  # a bidirectional model appends [MASK]
+COUNTS = torch.arange(1, 1001)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks() -> Iterator[Ranks]:
+    with joined_ranks() as ranks:
+        yield ranks
+
+
+def _rows(lengths: list[int], step: int = 0) -> Rows:
+    """Row r holds the items 100 r, 100 r + 1, …, so that an item tells its row and place."""
+    values = [100 * row + place for row, num in enumerate(lengths) for place in range(num)]
+    return Rows(
+        histories=Jagged.from_lengths(
+            torch.tensor(values, dtype=torch.int64), torch.tensor(lengths)
+        ),
+        noise=RowNoise(0, step, torch.arange(len(lengths))),
+        weight=(torch.tensor(lengths) > 0).float(),
+    )
+
+
+def _objective(**options: Any) -> ContrastiveObjective:
+    return ContrastiveObjective(Contrastive(name="contrastive", **options), MODEL, COUNTS)
+
+
+def _views(draw: Draw) -> list[tuple[list[int], list[bool]]]:
+    """Items and mask of each view; all first views, then all second ones."""
+    views = draw.lookups["views"]
+    lengths = views.lengths.tolist()
+    masks = draw.tensors["is_masked"].split(lengths)
+    return [
+        (items.tolist(), mask.tolist())
+        for items, mask in zip(views.values.split(lengths), masks, strict=True)
+    ]
+
+
+# --- views --------------------------------------------------------------------------------------
+
+
+def test_a_crop_is_an_unbroken_part_of_the_configured_length() -> None:
+    objective = _objective(augmentations=("crop",), crop_fraction=0.55)
+    starts = set()
+    for step in range(40):
+        for view, (items, mask) in enumerate(_views(objective.draw(_rows([10, 1, 3, 0], step)))):
+            row = view % 4
+            assert len(items) == [5, 1, 1, 0][row]  # rounded down, one at least
+            if items:
+                assert items == list(range(items[0], items[0] + len(items)))
+                assert items[0] // 100 == row
+            assert not any(mask)
+            if row == 0:
+                starts.add(items[0])
+    assert starts == set(range(6))
+
+
+def test_a_mask_hides_items_at_its_rate_and_moves_none() -> None:
+    objective = _objective(augmentations=("mask",), mask_fraction=0.3)
+    views = _views(objective.draw(_rows([10] * 500)))
+    for view, (items, _) in enumerate(views):
+        first = 100 * (view % 500)
+        assert items == list(range(first, first + 10))
+    rate = sum(sum(mask) for _, mask in views) / 10_000
+    assert abs(rate - 0.3) < 5 * (0.3 * 0.7 / 10_000) ** 0.5
+
+
+def test_a_reorder_permutes_one_unbroken_part_of_the_configured_length() -> None:
+    objective = _objective(augmentations=("reorder",), reorder_fraction=0.45)
+    moved_places: set[int] = set()
+    num_moved = 0
+    for view, (items, mask) in enumerate(_views(objective.draw(_rows([10] * 8 + [1, 0])))):
+        row = view % 10
+        first = 100 * row
+        assert sorted(items) == list(range(first, first + [10, 1, 0][max(0, row - 7)]))
+        moved = [place for place, item in enumerate(items) if item != first + place]
+        if moved:
+            assert moved[-1] - moved[0] < 4
+            num_moved += 1
+        moved_places |= set(moved)
+        assert not any(mask)
+    # A part of four stays in order once in 24; of 16 views most must have moved.
+    assert num_moved >= 12
+    assert len(moved_places) >= 8
+
+
+def test_dropout_alone_leaves_both_views_as_they_were() -> None:
+    views = _views(_objective(augmentations=("dropout",)).draw(_rows([10, 2])))
+    assert views[:2] == views[2:]
+    assert views[0] == (list(range(10)), [False] * 10)
+
+
+def test_both_views_are_of_one_window_and_drawn_apart() -> None:
+    objective = _objective(augmentations=("mask",), mask_fraction=0.3)
+    views = _views(objective.draw(_rows([40] * 20)))
+    assert [items for items, _ in views[:20]] == [items for items, _ in views[20:]]
+    assert [len(items) for items, _ in views] == [READ] * 40
+    assert sum(a[1] == b[1] for a, b in zip(views[:20], views[20:], strict=True)) < 5
+    assert len({items[0] % 100 for items, _ in views}) > 5  # windows from anywhere
+
+
+def test_each_view_takes_one_of_the_configured_augmentations_at_random() -> None:
+    views = _views(_objective(augmentations=("crop", "mask")).draw(_rows([10] * 500)))
+    num_cropped = sum(len(items) == 6 for items, _ in views)
+    assert abs(num_cropped - 500) < 5 * (1000 / 4) ** 0.5
+    assert all(len(items) == 10 or not any(mask) for items, mask in views)
+
+
+def test_views_loss_is_nt_xent_written_out() -> None:
+    torch.manual_seed(0)
+    table, backbone = torch.randn(1000, 16), Transformer(MODEL, 1000)
+    objective, rows = _objective(temperature=0.3), _rows([10, 4, 0, 7])
+    draw = objective.draw(rows)
+    views = draw.lookups["views"]
+    tokens = views.with_values(table[views.values])
+    got = objective.loss(
+        backbone, Embedded({"views": tokens}, draw.tensors), rows.noise, rows.weight, None
+    )
+    encoded = backbone.encode_users(tokens, is_masked=draw.tensors["is_masked"])
+    unit = F.normalize(encoded.detach().double(), dim=1)
+    real = [0, 1, 3, 4, 5, 7]  # row 2 is padding
+    expected = 0.0
+    for i in real:
+        similar = {j: math.exp(float(unit[i] @ unit[j]) / 0.3) for j in real if j != i}
+        expected -= math.log(similar[(i + 4) % 8] / sum(similar.values()))
+    assert got.total.item() == pytest.approx(expected, rel=1e-5)  # float32
+    assert got.weight == 6
+
+
+# --- a user and the next item -------------------------------------------------------------------
+
+
+def test_a_pair_is_a_history_and_the_item_right_after_it() -> None:
+    draw = _objective(pairs="user_item").draw(_rows([5, 1, 0, 40, 2]))
+    history, item = draw.lookups["history"], draw.tensors["item"]
+    assert history.lengths.tolist() == [4, 0, 0, READ, 1]
+    assert draw.tensors["has_target"].tolist() == [True, False, False, True, True]
+    last = history.values[history.offsets[1:] - 1]
+    assert torch.equal(item[[0, 3, 4]], last[[0, 3, 4]] + 1)
+    assert torch.equal(draw.lookups["item"].values, item)
+    assert draw.lookups["item"].lengths.tolist() == [1] * 5
+
+
+def _pairs_expected(user: Tensor, item: Tensor, ids: list[int], real: list[int]) -> float:
+    """Each real row's loss over the items of the real rows; a negative by its expected count."""
+    share = COUNTS.double() / COUNTS.sum()
+    total = 0.0
+    for i in real:
+        positive = math.exp(float(user[i] @ item[i]) / 0.3)
+        negatives = sum(
+            math.exp(float(user[i] @ item[j]) / 0.3) / (len(real) * float(share[ids[j]]))
+            for j in real
+            if ids[j] != ids[i]
+        )
+        total -= math.log(positive / (positive + negatives))
+    return total
+
+
+def test_pairs_loss_is_corrected_infonce_written_out() -> None:
+    torch.manual_seed(0)
+    table, backbone = torch.randn(1000, 16), Transformer(MODEL, 1000)
+    objective = _objective(pairs="user_item", temperature=0.3)
+    rows = _rows([5, 1, 0, 9, 2, 3])
+    draw = objective.draw(rows)
+    # Rows 0 and 4 have the same next item: neither is a negative of the other.
+    ids = draw.tensors["item"].clone()
+    ids[4] = ids[0]
+    tensors = {**draw.tensors, "item": ids}
+    history = draw.lookups["history"].with_values(table[draw.lookups["history"].values])
+    items = draw.lookups["item"].with_values(table[ids])
+    drawn = Embedded({"history": history, "item": items}, tensors)
+    got = objective.loss(backbone, drawn, rows.noise, rows.weight, None)
+    user = F.normalize(backbone.encode_users(history).detach().double(), dim=1)
+    unit = F.normalize(table[ids].double(), dim=1)
+    expected = _pairs_expected(user, unit, ids.tolist(), [0, 3, 4, 5])
+    assert got.total.item() == pytest.approx(expected, rel=1e-5)  # float32
+    assert got.weight == 4
+
+
+# --- learning -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_the_temperature_is_learned_only_when_asked(learn: bool) -> None:
+    torch.manual_seed(0)
+    table, backbone = torch.randn(1000, 16), Transformer(MODEL, 1000)
+    objective, rows = _objective(learn_temperature=learn, temperature=0.3), _rows([10, 4])
+    assert objective.temperature.item() == pytest.approx(0.3)
+    draw = objective.draw(rows)
+    tokens = draw.lookups["views"].with_values(table[draw.lookups["views"].values])
+    drawn = Embedded({"views": tokens}, draw.tensors)
+    objective.loss(backbone, drawn, rows.noise, rows.weight, None).total.backward()
+    gradient = objective.log_temperature.grad
+    assert (gradient is not None and bool(gradient != 0)) == learn
+
+
+@pytest.mark.parametrize("pairs", ["views", "user_item"])
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_it_lowers_its_own_loss(
+    cycle: PreparedDataset,
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    pairs: str,
+    attention: str,
+) -> None:
+    monkeypatch.setattr(losses, "EPOCHS", 12)  # of four steps
+    config = tiny_config(
+        cycle.path,
+        model={"dim": 16, "num_layers": 1, "max_length": 8, "attention": attention},
+        pretrain={
+            "batch_size": 10,
+            "learning_rate": 0.01,
+            "warmup_steps": 0,
+            "objectives": [{"name": "contrastive", "pairs": pairs, "temperature": 0.2}],
+        },
+    )
+    found = losses.train(config.model_dump(mode="json"), cycle, ranks)["losses"]
+    means = torch.tensor(found).view(12, 4).mean(1)
+    # Another order of the users moves an epoch's mean by about 0.1.
+    assert means[-2:].mean() < means[0] - 0.4, means

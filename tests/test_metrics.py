@@ -1,0 +1,87 @@
+"""Ranking metrics against torchmetrics, and the paired interval against its formula."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics.functional.retrieval import (
+    retrieval_hit_rate,
+    retrieval_normalized_dcg,
+    retrieval_recall,
+    retrieval_reciprocal_rank,
+)
+
+from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.metrics import paired_difference, ranking_metrics
+
+NUM_ITEMS, NUM_USERS = 40, 60
+
+
+def _random_lists() -> tuple[list[Tensor], list[Tensor]]:
+    """Scores without ties, and which items are relevant: from one to almost all."""
+    generator = torch.Generator().manual_seed(0)
+    scores, relevant = [], []
+    for user in range(NUM_USERS):
+        scores.append(torch.randperm(NUM_ITEMS, generator=generator).float())
+        chosen = torch.randperm(NUM_ITEMS, generator=generator)[: 1 + user % (NUM_ITEMS - 1)]
+        relevant.append(torch.zeros(NUM_ITEMS, dtype=torch.int64).index_fill(0, chosen, 1))
+    return scores, relevant
+
+
+def _ranks(scores: list[Tensor], relevant: list[Tensor]) -> Jagged:
+    found = [
+        1 + scores_of.argsort(descending=True).argsort()[is_relevant.bool()]
+        for scores_of, is_relevant in zip(scores, relevant, strict=True)
+    ]
+    lengths = torch.tensor([len(ranks) for ranks in found])
+    return Jagged.from_lengths(torch.cat(found), lengths)
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, NUM_ITEMS])
+def test_metrics_agree_with_torchmetrics(k: int) -> None:
+    scores, relevant = _random_lists()
+    got = ranking_metrics(_ranks(scores, relevant), (k,))
+    for name, reference in {
+        f"hr@{k}": lambda s, r: retrieval_hit_rate(s, r, top_k=k),
+        f"recall@{k}": lambda s, r: retrieval_recall(s, r, top_k=k),
+        f"ndcg@{k}": lambda s, r: retrieval_normalized_dcg(s, r, top_k=k),
+        "mrr": retrieval_reciprocal_rank,
+    }.items():
+        expected = torch.stack([reference(s, r) for s, r in zip(scores, relevant, strict=True)])
+        # torchmetrics computes in float32
+        torch.testing.assert_close(got[name], expected.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_one_relevant_item_gives_the_textbook_values() -> None:
+    ranks = Jagged(torch.tensor([1, 3, 11]), torch.arange(4))
+    got = ranking_metrics(ranks, (3, 10))
+    assert list(got) == ["hr@3", "recall@3", "ndcg@3", "hr@10", "recall@10", "ndcg@10", "mrr"]
+    assert got["hr@3"].tolist() == got["recall@10"].tolist() == [1, 1, 0]
+    assert got["ndcg@3"].tolist() == pytest.approx([1, 0.5, 0])
+    assert got["mrr"].tolist() == pytest.approx([1, 1 / 3, 1 / 11])
+
+
+def test_the_paired_interval_is_that_of_the_mean_difference() -> None:
+    # Differences 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 3.
+    a, b = torch.tensor([1.0, 4, 3, 7]), torch.tensor([0.0, 2, 0, 1])
+    mean, half_width = paired_difference(a, b)
+    assert mean == 3
+    assert half_width == pytest.approx(1.96 * math.sqrt(14 / 3) / 2)
+    assert paired_difference(b, a) == (-mean, half_width)
+    assert paired_difference(a, a) == (0, 0)
+
+
+def test_the_paired_interval_agrees_with_a_bootstrap_over_users() -> None:
+    draw = np.random.default_rng(0)
+    ease = draw.random(400)  # users are easy or hard for both models
+    a, b = ((ease + draw.random(400) > level).astype(float) for level in (0.9, 1.0))
+    mean, half_width = paired_difference(torch.from_numpy(a), torch.from_numpy(b))
+    means = (a - b)[draw.integers(400, size=(4000, 400))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    # A quantile of 4000 draws is off by about 4 %; 10 % leaves room for the normal approximation.
+    assert mean - half_width == pytest.approx(low, abs=0.1 * half_width)
+    assert mean + half_width == pytest.approx(high, abs=0.1 * half_width)
