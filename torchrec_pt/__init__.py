@@ -1,5 +1,11 @@
 """Personalized recommendation from pretrained user and item representations."""
 
+import os
+
+# OpenMP's threads spin while they wait. Where another process wants the cores, a step then
+# takes up to ten times as long; asleep they cost nothing measurable. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from torchrec_pt.config import RunConfig, load_config
 
 __all__ = [

@@ -1,0 +1,83 @@
+"""What rank 0 prints appears at the driver: in order, whole, and with nothing else in between.
+
+Ray's own forwarding of worker output mixes in every rank and every library, prefixes each
+line, and loses what arrives after the driver's end. All of that stays in Ray's log files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import textwrap
+import threading
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import ray
+from ray.train import UserCallback
+from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+
+class Screen(io.StringIO):
+    """A file to write to from anywhere in the job; each flush is one message to the driver."""
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__()
+        self._queue = queue
+
+    def __reduce__(self) -> tuple[type[Screen], tuple[Queue]]:
+        return Screen, (self._queue,)
+
+    def flush(self) -> None:
+        text = self.getvalue()
+        if text:
+            self.seek(0)
+            self.truncate()
+            self._queue.put(text)
+
+
+@contextlib.contextmanager
+def screen_to(file: TextIO) -> Iterator[Screen]:
+    """A Screen whose text appears in `file`, all of it by the end of the block."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+
+    def relay() -> None:
+        while (text := queue.get()) is not None:
+            file.write(text)
+            file.flush()
+
+    thread = threading.Thread(target=relay, daemon=True)
+    thread.start()
+    try:
+        yield Screen(queue)
+    finally:
+        queue.put(None)
+        thread.join()
+        queue.shutdown()
+
+
+class SayFailures(UserCallback):
+    """One line for each time that workers are lost."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self.screen.write(f"workers failed: {failures(worker_exceptions)}\n")
+        self.screen.flush()
+
+
+def failures(by_rank: dict[int, Exception]) -> str:
+    """One line: what ended each worker, the same words once."""
+    ranks: dict[str, list[str]] = {}
+    for rank, error in sorted(by_rank.items()):
+        ranks.setdefault(last_line(error), []).append(str(rank))
+    return "; ".join(f"rank {', '.join(who)}: {what}" for what, who in ranks.items())
+
+
+def last_line(error: BaseException) -> str:
+    """Ray's errors carry the worker's traceback as text; its last line says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return textwrap.shorten(lines[-1], 200, placeholder=" …") if lines else type(error).__name__
