@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from torchrec_pt.config import RunConfig
+from torchrec_pt.data.batch import Rows
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.prepare import prepare
+from torchrec_pt.rng import RowNoise
 
 NUM_USERS, NUM_ITEMS = 37, 30
 
@@ -50,6 +53,18 @@ def tiny_config(folder: Path, **sections: Any) -> RunConfig:
         **sections,
     }
     return RunConfig.model_validate(raw)
+
+
+def rows_of(lengths: list[int], step: int = 0) -> Rows:
+    """Row r holds the items 100 r, 100 r + 1, …, so that an item tells its row and place."""
+    values = [100 * row + place for row, num in enumerate(lengths) for place in range(num)]
+    return Rows(
+        histories=Jagged.from_lengths(
+            torch.tensor(values, dtype=torch.int64), torch.tensor(lengths)
+        ),
+        noise=RowNoise(0, step, torch.arange(len(lengths))),
+        weight=(torch.tensor(lengths) > 0).float(),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -11,16 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.conftest import tiny_config
+from tests.conftest import rows_of, tiny_config
 from tests.training import losses
 from torchrec_pt.config import Contrastive, ModelConfig
-from torchrec_pt.data.batch import Draw, Embedded, Rows
+from torchrec_pt.data.batch import Draw, Embedded
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.contrastive import ContrastiveObjective
-from torchrec_pt.rng import RowNoise
 
 MODEL = ModelConfig(dim=16, num_layers=1, max_length=11, dropout=0, attention="bidirectional")
 READ = 10  # a bidirectional model appends [MASK]
@@ -31,18 +29,6 @@ COUNTS = torch.arange(1, 1001)
 def ranks() -> Iterator[Ranks]:
     with joined_ranks() as ranks:
         yield ranks
-
-
-def _rows(lengths: list[int], step: int = 0) -> Rows:
-    """Row r holds the items 100 r, 100 r + 1, …, so that an item tells its row and place."""
-    values = [100 * row + place for row, num in enumerate(lengths) for place in range(num)]
-    return Rows(
-        histories=Jagged.from_lengths(
-            torch.tensor(values, dtype=torch.int64), torch.tensor(lengths)
-        ),
-        noise=RowNoise(0, step, torch.arange(len(lengths))),
-        weight=(torch.tensor(lengths) > 0).float(),
-    )
 
 
 def _objective(**options: Any) -> ContrastiveObjective:
@@ -67,7 +53,7 @@ def test_a_crop_is_an_unbroken_part_of_the_configured_length() -> None:
     objective = _objective(augmentations=("crop",), crop_fraction=0.55)
     starts = set()
     for step in range(40):
-        for view, (items, mask) in enumerate(_views(objective.draw(_rows([10, 1, 3, 0], step)))):
+        for view, (items, mask) in enumerate(_views(objective.draw(rows_of([10, 1, 3, 0], step)))):
             row = view % 4
             assert len(items) == [5, 1, 1, 0][row]  # rounded down, one at least
             if items:
@@ -81,7 +67,7 @@ def test_a_crop_is_an_unbroken_part_of_the_configured_length() -> None:
 
 def test_a_mask_hides_items_at_its_rate_and_moves_none() -> None:
     objective = _objective(augmentations=("mask",), mask_fraction=0.3)
-    views = _views(objective.draw(_rows([10] * 500)))
+    views = _views(objective.draw(rows_of([10] * 500)))
     for view, (items, _) in enumerate(views):
         first = 100 * (view % 500)
         assert items == list(range(first, first + 10))
@@ -93,7 +79,7 @@ def test_a_reorder_permutes_one_unbroken_part_of_the_configured_length() -> None
     objective = _objective(augmentations=("reorder",), reorder_fraction=0.45)
     moved_places: set[int] = set()
     num_moved = 0
-    for view, (items, mask) in enumerate(_views(objective.draw(_rows([10] * 8 + [1, 0])))):
+    for view, (items, mask) in enumerate(_views(objective.draw(rows_of([10] * 8 + [1, 0])))):
         row = view % 10
         first = 100 * row
         assert sorted(items) == list(range(first, first + [10, 1, 0][max(0, row - 7)]))
@@ -109,14 +95,14 @@ def test_a_reorder_permutes_one_unbroken_part_of_the_configured_length() -> None
 
 
 def test_dropout_alone_leaves_both_views_as_they_were() -> None:
-    views = _views(_objective(augmentations=("dropout",)).draw(_rows([10, 2])))
+    views = _views(_objective(augmentations=("dropout",)).draw(rows_of([10, 2])))
     assert views[:2] == views[2:]
     assert views[0] == (list(range(10)), [False] * 10)
 
 
 def test_both_views_are_of_one_window_and_drawn_apart() -> None:
     objective = _objective(augmentations=("mask",), mask_fraction=0.3)
-    views = _views(objective.draw(_rows([40] * 20)))
+    views = _views(objective.draw(rows_of([40] * 20)))
     assert [items for items, _ in views[:20]] == [items for items, _ in views[20:]]
     assert [len(items) for items, _ in views] == [READ] * 40
     assert sum(a[1] == b[1] for a, b in zip(views[:20], views[20:], strict=True)) < 5
@@ -124,7 +110,7 @@ def test_both_views_are_of_one_window_and_drawn_apart() -> None:
 
 
 def test_each_view_takes_one_of_the_configured_augmentations_at_random() -> None:
-    views = _views(_objective(augmentations=("crop", "mask")).draw(_rows([10] * 500)))
+    views = _views(_objective(augmentations=("crop", "mask")).draw(rows_of([10] * 500)))
     num_cropped = sum(len(items) == 6 for items, _ in views)
     assert abs(num_cropped - 500) < 5 * (1000 / 4) ** 0.5
     assert all(len(items) == 10 or not any(mask) for items, mask in views)
@@ -133,7 +119,7 @@ def test_each_view_takes_one_of_the_configured_augmentations_at_random() -> None
 def test_views_loss_is_nt_xent_written_out() -> None:
     torch.manual_seed(0)
     table, backbone = torch.randn(1000, 16), Transformer(MODEL, 1000)
-    objective, rows = _objective(temperature=0.3), _rows([10, 4, 0, 7])
+    objective, rows = _objective(temperature=0.3), rows_of([10, 4, 0, 7])
     draw = objective.draw(rows)
     views = draw.lookups["views"]
     tokens = views.with_values(table[views.values])
@@ -155,7 +141,7 @@ def test_views_loss_is_nt_xent_written_out() -> None:
 
 
 def test_a_pair_is_a_history_and_the_item_right_after_it() -> None:
-    draw = _objective(pairs="user_item").draw(_rows([5, 1, 0, 40, 2]))
+    draw = _objective(pairs="user_item").draw(rows_of([5, 1, 0, 40, 2]))
     history, item = draw.lookups["history"], draw.tensors["item"]
     assert history.lengths.tolist() == [4, 0, 0, READ, 1]
     assert draw.tensors["has_target"].tolist() == [True, False, False, True, True]
@@ -184,7 +170,7 @@ def test_pairs_loss_is_corrected_infonce_written_out() -> None:
     torch.manual_seed(0)
     table, backbone = torch.randn(1000, 16), Transformer(MODEL, 1000)
     objective = _objective(pairs="user_item", temperature=0.3)
-    rows = _rows([5, 1, 0, 9, 2, 3])
+    rows = rows_of([5, 1, 0, 9, 2, 3])
     draw = objective.draw(rows)
     # Rows 0 and 4 have the same next item: neither is a negative of the other.
     ids = draw.tensors["item"].clone()
@@ -208,7 +194,7 @@ def test_pairs_loss_is_corrected_infonce_written_out() -> None:
 def test_the_temperature_is_learned_only_when_asked(learn: bool) -> None:
     torch.manual_seed(0)
     table, backbone = torch.randn(1000, 16), Transformer(MODEL, 1000)
-    objective, rows = _objective(learn_temperature=learn, temperature=0.3), _rows([10, 4])
+    objective, rows = _objective(learn_temperature=learn, temperature=0.3), rows_of([10, 4])
     assert objective.temperature.item() == pytest.approx(0.3)
     draw = objective.draw(rows)
     tokens = draw.lookups["views"].with_values(table[draw.lookups["views"].values])

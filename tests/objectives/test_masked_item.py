@@ -8,12 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import tiny_config
+from tests.conftest import rows_of, tiny_config
 from tests.training import losses
 from torchrec_pt.config import MaskedItem, ModelConfig
 from torchrec_pt.data.batch import Draw, Embedded, Rows
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.transformer import Transformer
@@ -29,18 +28,6 @@ def ranks() -> Iterator[Ranks]:
         yield ranks
 
 
-def _rows(lengths: list[int], step: int = 0) -> Rows:
-    """Row r holds the items 100 r, 100 r + 1, …, so that an item tells its row and place."""
-    values = [100 * row + place for row, num in enumerate(lengths) for place in range(num)]
-    return Rows(
-        histories=Jagged.from_lengths(
-            torch.tensor(values, dtype=torch.int64), torch.tensor(lengths)
-        ),
-        noise=RowNoise(0, step, torch.arange(len(lengths))),
-        weight=(torch.tensor(lengths) > 0).float(),
-    )
-
-
 def _draw(rows: Rows, mask_fraction: float = 0.2, max_length: int = 5) -> Draw:
     config = MaskedItem(name="masked_item", mask_fraction=mask_fraction)
     model = MODEL.model_copy(update={"max_length": max_length})
@@ -50,7 +37,7 @@ def _draw(rows: Rows, mask_fraction: float = 0.2, max_length: int = 5) -> Draw:
 @pytest.mark.parametrize("fraction", [0.1, 0.4])
 def test_items_are_hidden_at_the_configured_rate(fraction: float) -> None:
     # 100 items a row: that a row has none by chance, and gets one, adds less than 1e-6.
-    masked = _draw(_rows([100] * 200), fraction, max_length=100).tensors["is_masked"]
+    masked = _draw(rows_of([100] * 200), fraction, max_length=100).tensors["is_masked"]
     deviation = (fraction * (1 - fraction) / 20_000) ** 0.5
     assert abs(float(masked.float().mean()) - fraction) < 5 * deviation
     by_place = masked.view(200, 100).float().mean(0)
@@ -58,14 +45,14 @@ def test_items_are_hidden_at_the_configured_rate(fraction: float) -> None:
 
 
 def test_every_row_that_has_an_item_hides_at_least_one_and_an_empty_row_none() -> None:
-    rows = _rows([1, 2, 0, 3, 5] * 20)
+    rows = rows_of([1, 2, 0, 3, 5] * 20)
     masked = _draw(rows, mask_fraction=0.001).tensors["is_masked"]
     counts = torch.bincount(rows.histories.rows[masked], minlength=100)
     assert torch.equal(counts, (rows.histories.lengths > 0).long())
 
 
 def test_the_target_is_the_hidden_item() -> None:
-    draw = _draw(_rows([4, 0, 9, 1]))
+    draw = _draw(rows_of([4, 0, 9, 1]))
     history = draw.lookups["history"]
     assert torch.equal(draw.tensors["target"], history.values[draw.tensors["is_masked"]])
     assert torch.equal(history.values // 100, history.rows)
@@ -74,7 +61,7 @@ def test_the_target_is_the_hidden_item() -> None:
 def test_windows_cover_a_long_history_over_the_steps_and_are_unbroken() -> None:
     starts = []
     for step in range(200):
-        window = _draw(_rows([12, 3], step)).lookups["history"]
+        window = _draw(rows_of([12, 3], step)).lookups["history"]
         assert window.lengths.tolist() == [5, 3]
         first, short = window.values.split([5, 3])
         assert torch.equal(first, first[0] + torch.arange(5))
@@ -86,10 +73,12 @@ def test_windows_cover_a_long_history_over_the_steps_and_are_unbroken() -> None:
 
 
 def test_masks_change_with_the_step_and_stay_with_the_row() -> None:
-    first, again, later = (_draw(_rows([5] * 30, step)).tensors["is_masked"] for step in (0, 0, 1))
+    first, again, later = (
+        _draw(rows_of([5] * 30, step)).tensors["is_masked"] for step in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, later)
-    rows = _rows([5] * 30)
+    rows = rows_of([5] * 30)
     order = torch.tensor([7, 3])
     some = Rows(rows.histories.select(order), RowNoise(0, 0, order), rows.weight[order])
     assert torch.equal(_draw(some).tensors["is_masked"].view(2, 5), first.view(30, 5)[order])
@@ -100,7 +89,7 @@ def test_loss_is_the_cross_entropy_at_the_hidden_places() -> None:
     table, backbone = torch.randn(500, 16), Transformer(MODEL, 500)
     config = MaskedItem(name="masked_item", temperature=0.7)
     objective = MaskedItemObjective(config, MODEL)
-    rows = _rows([4, 0, 9, 1, 2])
+    rows = rows_of([4, 0, 9, 1, 2])
     draw = objective.draw(rows)
     history = draw.lookups["history"]
     tokens = history.with_values(table[history.values])
@@ -123,7 +112,7 @@ def test_a_hidden_item_does_not_reach_the_loss() -> None:
     torch.manual_seed(0)
     table, backbone = torch.randn(500, 16), Transformer(MODEL, 500)
     objective = MaskedItemObjective(MaskedItem(name="masked_item"), MODEL)
-    rows = _rows([4, 5])
+    rows = rows_of([4, 5])
     draw = objective.draw(rows)
     history = draw.lookups["history"]
     vectors = table[history.values].requires_grad_()

@@ -8,17 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import tiny_config
+from tests.conftest import rows_of, tiny_config
 from tests.training import losses
 from torchrec_pt.config import ModelConfig, NextItem
-from torchrec_pt.data.batch import Embedded, Rows
+from torchrec_pt.data.batch import Embedded
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.next_item import NextItemObjective
-from torchrec_pt.rng import RowNoise
 
 MODEL = ModelConfig(dim=16, num_layers=1, max_length=5, dropout=0, attention="causal")
 
@@ -29,24 +27,12 @@ def ranks() -> Iterator[Ranks]:
         yield ranks
 
 
-def _rows(lengths: list[int], step: int = 0) -> Rows:
-    """Row r holds the items 100 r, 100 r + 1, …, so that an item tells its row and place."""
-    values = [100 * row + place for row, num in enumerate(lengths) for place in range(num)]
-    return Rows(
-        histories=Jagged.from_lengths(
-            torch.tensor(values, dtype=torch.int64), torch.tensor(lengths)
-        ),
-        noise=RowNoise(0, step, torch.arange(len(lengths))),
-        weight=(torch.tensor(lengths) > 0).float(),
-    )
-
-
 def _objective(temperature: float = 1.0) -> NextItemObjective:
     return NextItemObjective(NextItem(name="next_item", temperature=temperature), MODEL)
 
 
 def test_every_item_but_the_first_is_the_target_of_the_one_before_it() -> None:
-    draw = _objective().draw(_rows([3, 0, 1, 12, 2]))
+    draw = _objective().draw(rows_of([3, 0, 1, 12, 2]))
     history, target = draw.lookups["history"], draw.tensors["target"]
     assert history.lengths.tolist() == [2, 0, 0, 5, 1]
     assert torch.equal(target, history.values + 1)
@@ -54,7 +40,7 @@ def test_every_item_but_the_first_is_the_target_of_the_one_before_it() -> None:
 
 
 def test_windows_reach_every_item_of_a_long_history_over_the_steps() -> None:
-    targets = [_objective().draw(_rows([12], step)).tensors["target"] for step in range(200)]
+    targets = [_objective().draw(rows_of([12], step)).tensors["target"] for step in range(200)]
     counts = torch.bincount(torch.cat(targets), minlength=12)
     assert counts[0] == 0
     assert counts[1:].min() >= 5  # the rarest stand in 1 of 7 windows, 28 times on average
@@ -64,7 +50,7 @@ def test_windows_reach_every_item_of_a_long_history_over_the_steps() -> None:
 def test_loss_is_the_cross_entropy_of_all_next_items() -> None:
     torch.manual_seed(0)
     table, backbone = torch.randn(500, 16), Transformer(MODEL, 500)
-    objective, rows = _objective(0.7), _rows([3, 0, 1, 12, 2])
+    objective, rows = _objective(0.7), rows_of([3, 0, 1, 12, 2])
     draw = objective.draw(rows)
     history = draw.lookups["history"]
     tokens = history.with_values(table[history.values])
@@ -83,7 +69,7 @@ def test_loss_is_the_cross_entropy_of_all_next_items() -> None:
 
 def test_rows_with_nothing_to_predict_give_zero() -> None:
     table, backbone = torch.randn(500, 16), Transformer(MODEL, 500)
-    objective, rows = _objective(), _rows([1, 0])
+    objective, rows = _objective(), rows_of([1, 0])
     draw = objective.draw(rows)
     drawn = Embedded({"history": draw.lookups["history"].with_values(table[:0])}, draw.tensors)
     got = objective.loss(backbone, drawn, rows.noise, rows.weight, Catalogue(table, 0, False))

@@ -10,16 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import tiny_config
+from tests.conftest import rows_of, tiny_config
 from tests.training import losses
 from torchrec_pt.config import ModelConfig, RankingConfig
 from torchrec_pt.data.batch import Embedded, Rows
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.transformer import Transformer
-from torchrec_pt.rng import RowNoise
 from torchrec_pt.tasks.ranking import RankingTask
 
 NUM_ITEMS = 600
@@ -39,18 +37,6 @@ def _task(attention: str = "bidirectional", num_items: int = NUM_ITEMS, **o: Any
     return RankingTask(RankingConfig(**o), _model(attention), num_items)
 
 
-def _rows(lengths: list[int], step: int = 0) -> Rows:
-    """Row r holds the items 100 r, 100 r + 1, …, so that an item tells its row and place."""
-    values = [100 * row + place for row, num in enumerate(lengths) for place in range(num)]
-    return Rows(
-        histories=Jagged.from_lengths(
-            torch.tensor(values, dtype=torch.int64), torch.tensor(lengths)
-        ),
-        noise=RowNoise(0, step, torch.arange(len(lengths))),
-        weight=(torch.tensor(lengths) > 0).float(),
-    )
-
-
 @pytest.mark.parametrize(("attention", "num_read"), [("causal", 5), ("bidirectional", 4)])
 def test_the_target_follows_the_history_and_every_cut_is_drawn(
     attention: str, num_read: int
@@ -58,7 +44,7 @@ def test_the_target_follows_the_history_and_every_cut_is_drawn(
     task = _task(attention, targets_per_user=2)
     cuts = []
     for step in range(100):
-        draw = task.draw(_rows([12, 1, 2, 0], step))
+        draw = task.draw(rows_of([12, 1, 2, 0], step))
         history, target = draw.lookups["history"], draw.tensors["target"]
         assert draw.tensors["weight"].tolist() == [1, 0, 1, 0] * 2
         parts = history.values.split(history.lengths.tolist())
@@ -75,20 +61,20 @@ def test_the_target_follows_the_history_and_every_cut_is_drawn(
 
 
 def test_the_targets_of_a_user_are_drawn_apart() -> None:
-    target = _task(targets_per_user=2).draw(_rows([80] * 6)).tensors["target"]
+    target = _task(targets_per_user=2).draw(rows_of([80] * 6)).tensors["target"]
     assert (target[:6] != target[6:]).sum() >= 5
-    again = _task(targets_per_user=2).draw(_rows([80] * 6, step=1)).tensors["target"]
+    again = _task(targets_per_user=2).draw(rows_of([80] * 6, step=1)).tensors["target"]
     assert (target != again).sum() >= 10
 
 
 def test_a_padding_row_weighs_nothing() -> None:
-    rows = _rows([4, 5])
+    rows = rows_of([4, 5])
     padded = Rows(rows.histories, rows.noise, torch.tensor([1.0, 0.0]))
     assert _task().draw(padded).tensors["weight"].tolist() == [1, 0]
 
 
 def test_negatives_that_the_user_took_in_training_are_left_out_and_only_those() -> None:
-    rows = _rows([12, 0, 2, 7])
+    rows = rows_of([12, 0, 2, 7])
     task = _task(loss="bpr", num_items=310, num_negatives=300, targets_per_user=2)
     draw = task.draw(rows)
     negatives = draw.lookups["negatives"].values.view(8, 300)
@@ -113,7 +99,7 @@ def _embedded(task: RankingTask, rows: Rows, table: torch.Tensor) -> Embedded:
 def test_softmax_is_the_weighted_cross_entropy_over_the_catalogue() -> None:
     torch.manual_seed(0)
     table, backbone = torch.randn(NUM_ITEMS, 16), Transformer(_model(), NUM_ITEMS)
-    task, rows = _task(targets_per_user=2, temperature=0.7), _rows([12, 1, 2, 0])
+    task, rows = _task(targets_per_user=2, temperature=0.7), rows_of([12, 1, 2, 0])
     drawn = _embedded(task, rows, table)
     catalogue = Catalogue(table, 0, False)
     got = task.loss(backbone, drawn, rows.noise, rows.weight, catalogue)
@@ -129,7 +115,7 @@ def test_bpr_is_the_mean_over_allowed_pairs_written_out() -> None:
     torch.manual_seed(0)
     table, backbone = torch.randn(300, 16), Transformer(_model(), 300)
     task = _task(loss="bpr", num_items=300, num_negatives=20, temperature=0.7)
-    rows = _rows([60, 1, 70])
+    rows = rows_of([60, 1, 70])
     drawn = _embedded(task, rows, table)
     got = task.loss(backbone, drawn, rows.noise, rows.weight, None)
     user = backbone.encode_users(drawn.vectors["history"]).detach().double()
@@ -149,7 +135,7 @@ def test_bpr_is_the_mean_over_allowed_pairs_written_out() -> None:
 
 def test_bpr_gives_zero_where_the_user_took_the_whole_catalogue() -> None:
     table, backbone = torch.randn(4, 16), Transformer(_model(), 4)
-    task, rows = _task(loss="bpr", num_items=4), _rows([4])
+    task, rows = _task(loss="bpr", num_items=4), rows_of([4])
     got = task.loss(backbone, _embedded(task, rows, table), rows.noise, rows.weight, None)
     assert got.total == 0
     assert got.weight == 0
