@@ -108,7 +108,8 @@ def submit(
                 code = _follow(client, job)
             except KeyboardInterrupt:
                 client.stop_job(job)
-                raise
+                print("interrupted; the same command goes on from the last checkpoint")
+                code = 130
         raise typer.Exit(code)
 
     client = connect(address)
@@ -287,9 +288,6 @@ def main() -> None:
         # The Jobs API: such as a job that does not exist.
         print(f"cluster.submit: {str(error).splitlines()[-1]}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
