@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,8 @@ def run(config: Config, set_: Set = None) -> None:
     from torchrec_pt import pipeline, tables
 
     settings = load_config(config, set_ or ())
-    result = pipeline.run(settings, console)
+    with _interruptible():
+        result = pipeline.run(settings, console)
     if _is_first():
         tables.print_run(result, settings, console)
 
@@ -118,7 +120,17 @@ def _stage(name: str, config: Path, overrides: list[str] | None) -> Any:
     from torchrec_pt import pipeline
 
     stage: Callable[..., Any] = getattr(pipeline, name)
-    return stage(load_config(config, overrides or ()), console)
+    with _interruptible():
+        return stage(load_config(config, overrides or ()), console)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _is_first() -> bool:
@@ -136,9 +148,6 @@ def main() -> None:
         if type(error).__module__.startswith("torchrec_pt"):
             _give_up(error, 1)
         raise
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
 
 
 def _give_up(error: Exception, code: int) -> None:

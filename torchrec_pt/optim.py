@@ -61,13 +61,18 @@ class Optimizers:
         self.fused.step()  # hands the learning rate to the kernels; the rows are not touched
 
     def init_state(self) -> None:
-        """Make the dense state exist, so that a checkpoint can be loaded into it."""
+        """Make the dense state exist, all zeros, before the first step.
+
+        AdamW makes it lazily; a checkpoint of step 0 would hold none, and none could be loaded.
+        """
         saved = [p.detach().clone() for p in self.parameters.values()]
-        self.dense.init_state()
+        self.dense.init_state()  # a step with zero gradients, whose decay is taken back here
         self.dense.zero_grad()
         with torch.no_grad():
             for parameter, value in zip(self.parameters.values(), saved, strict=True):
                 parameter.copy_(value)
+                for state in self.dense.state[parameter].values():
+                    state.zero_()
 
     def state(self) -> dict[str, Tensor]:
         """Tensors of both, named "<parameter>.<what>"; ShardedTensors where a table is sharded."""

@@ -96,6 +96,7 @@ class Trainer:
             TrainingError: the loss became NaN or infinite.
         """
         writer = SummaryWriter(str(self.folder / "tensorboard")) if self.ranks.is_first else None
+        self.optimizers.init_state()
         if not self._resume():
             self._validate_and_save(validate, {}, writer)
         console = self.console if self.ranks.is_first else None
@@ -208,7 +209,6 @@ class Trainer:
             if state["fingerprint"] != self.fingerprint:
                 self._say(f"{self.name}: {path} is of another configuration or data; started anew")
                 break
-            self.optimizers.init_state()
             checkpoint.load(path, self._model_tensors() | self._optimizer_tensors())
             self.position = Position(**state["position"])
             self._say(f"{self.name}: resumed at epoch {self.position.epoch} from {path}")

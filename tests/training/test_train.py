@@ -34,13 +34,18 @@ class _KilledError(Exception):
     pass
 
 
+@pytest.mark.parametrize("dies_at", [2, 10], ids=["first epoch", "third epoch"])
 @pytest.mark.parametrize(
     "table",
     [{"placement": "replicated"}, {"placement": "row_wise", "optimizer": "rowwise_adagrad"}],
     ids=["adamw", "rowwise_adagrad"],
 )
 def test_a_killed_stage_resumes_and_ends_as_the_uninterrupted_one(
-    cycle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: dict[str, Any]
+    cycle_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    table: dict[str, Any],
+    dies_at: int,
 ) -> None:
     whole, broken = (_config(cycle_folder, tmp_path / name, table) for name in ("a", "b"))
     pipeline.prepare(whole)
@@ -50,14 +55,14 @@ def test_a_killed_stage_resumes_and_ends_as_the_uninterrupted_one(
     step = Trainer.step
     steps = 0
 
-    def dies_at_the_tenth(self: Trainer, rows: Any) -> Any:
+    def dies(self: Trainer, rows: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps == 10:  # in the middle of the third epoch
+        if steps == dies_at:  # of 4 an epoch
             raise _KilledError
         return step(self, rows)
 
-    monkeypatch.setattr(Trainer, "step", dies_at_the_tenth)
+    monkeypatch.setattr(Trainer, "step", dies)
     with pytest.raises(_KilledError):
         pipeline.pretrain(broken)
     monkeypatch.undo()
