@@ -22,7 +22,7 @@ demo: data ## pretrain, fine-tune and evaluate on MovieLens-100K
 	$(BIN)/torchrec-pt run configs/demo.toml
 
 demo-ray: data ## the same run as a job on a Ray started here
-	$(BIN)/python -m cluster.submit configs/demo.toml --local
+	$(BIN)/python -m cluster.submit configs/demo.toml --local --set run_dir=runs/demo-ray
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest

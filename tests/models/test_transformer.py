@@ -223,3 +223,25 @@ def test_gradients_reach_every_parameter(attention: str) -> None:
 def test_item_vectors_are_the_rows_of_the_table() -> None:
     rows = torch.randn(3, DIM)
     assert torch.equal(_model("causal").encode_items(rows), rows)
+
+
+def test_gradients_have_the_same_bits_each_time_on_two_threads() -> None:
+    config = ModelConfig(dim=64, num_layers=1, max_length=100, dropout=0.2)
+    backbone = Transformer(config, 2)
+    vectors = torch.randn(32 * 100, 64)
+    tokens = Jagged.from_lengths(vectors, torch.full((32,), 100))
+    noise = RowNoise(0, 0, torch.arange(32))
+    parameters = [p for name, p in backbone.named_parameters() if "items" not in name]
+
+    def gradients() -> list[torch.Tensor]:
+        out = backbone.encode_positions(tokens, noise, is_masked=torch.arange(3200) % 5 == 0)
+        return list(torch.autograd.grad(out.square().sum(), parameters))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = gradients()
+        for _ in range(10):
+            assert all(map(torch.equal, gradients(), first))
+    finally:
+        torch.set_num_threads(threads)

@@ -88,7 +88,8 @@ class Transformer(nn.Module):
         x = tokens.values
         if is_masked is not None:
             x = torch.where(is_masked.unsqueeze(1), self.mask, x)
-        x = x + self.position[slot]
+        # Indexing would add up its gradient in the order in which threads come.
+        x = x + F.embedding(slot, self.position)
         drop = _Dropout(self.dropout, noise, "dropout", row, slot)
         x = drop(x)
         for block in self.blocks:
