@@ -1,7 +1,7 @@
 # `make` lists the targets. PYTHON is the interpreter that .venv is made with.
 PYTHON ?= python3
 BIN := .venv/bin
-# A copy of MovieLens-100K of your own: the folder with ml-100k.inter, .user and .item.
+# A copy of MovieLens-100K of your own: GroupLens' folder, or one with ml-100k.inter, .user, .item.
 ML100K ?=
 
 .DEFAULT_GOAL := help

@@ -5,8 +5,9 @@
     .venv/bin/python scripts/get_ml100k.py data/ml-100k --from MY_COPY
 
 Writes ml-100k.inter, ml-100k.user and ml-100k.item, taken from the recbole package on
-PyPI, which carries them as an example. MY_COPY is a folder with the three files, or
-that package's wheel. Files that are already there and intact are kept.
+PyPI, which carries them as an example. MY_COPY is a folder with the three files, that
+package's wheel, or GroupLens' own folder (u.data, u.item, u.user), which is rewritten.
+Files that are already there and intact are kept.
 
 The data are GroupLens' (https://grouplens.org/datasets/movielens/100k/); their terms of
 use apply.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -47,10 +49,40 @@ def is_complete(folder: Path) -> bool:
     )
 
 
+def read_grouplens(folder: Path) -> dict[str, bytes]:
+    """u.data, u.item, u.user and u.genre as atomic files; the year leaves the title."""
+
+    def cells(name: str, separator: str) -> list[list[str]]:
+        lines = (folder / name).read_text(encoding="latin-1").splitlines()
+        return [line.split(separator) for line in lines if line]
+
+    genres = [row[0] for row in cells("u.genre", "|")]
+    items = []
+    for item, title, _, _, _, *flags in cells("u.item", "|"):
+        name, year = re.fullmatch(r"(.*?)(?: \((\d{4})\))?\s*", title).groups()
+        taken = [genre for genre, flag in zip(genres, flags, strict=True) if flag == "1"]
+        items.append([item, name, year or "unknown", " ".join(taken)])
+    headers = {
+        "ml-100k.inter": "user_id:token\titem_id:token\trating:float\ttimestamp:float",
+        "ml-100k.user": "user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token",
+        "ml-100k.item": "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq",
+    }
+    rows = [cells("u.data", "\t"), cells("u.user", "|"), items]
+    return {
+        name: ("\n".join([header, *("\t".join(row) for row in table)]) + "\n").encode()
+        for (name, header), table in zip(headers.items(), rows, strict=True)
+    }
+
+
 def read_folder(folder: Path) -> dict[str, bytes]:
+    if (folder / "u.data").is_file():
+        return read_grouplens(folder)
     missing = [name for name in FILES_SHA256 if not (folder / name).is_file()]
     if missing:
-        raise FetchError(f"{folder}: must hold {', '.join(FILES_SHA256)}; no {missing[0]} there")
+        raise FetchError(
+            f"{folder}: must hold {', '.join(FILES_SHA256)} (or u.data, u.item, u.user, u.genre); "
+            f"no {missing[0]} there"
+        )
     return {name: (folder / name).read_bytes() for name in FILES_SHA256}
 
 
