@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageWriter,
 )
 
+from torchrec_pt.data.atomic import fsync
 from torchrec_pt.distributed import Ranks
 
 
@@ -57,10 +57,10 @@ def save(
         hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         (partial / "complete.json").write_text(json.dumps(hashes, indent=1))
         for path in partial.iterdir():
-            _fsync(path)
+            fsync(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _fsync(folder)
+        fsync(folder)
     dist.barrier()
     return final
 
@@ -135,11 +135,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -61,7 +61,7 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for path in (*partial.iterdir(), partial):
-            _fsync(path)
+            fsync(path)
         if out.exists():
             out.rename(replaced)
         try:
@@ -70,7 +70,7 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
             if replaced.exists():
                 replaced.rename(out)
             raise
-        _fsync(out.parent)
+        fsync(out.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise _cannot_write(out, error) from None
@@ -78,7 +78,8 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have the disk hold a file or folder before what follows is done."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
