@@ -196,7 +196,7 @@ def test_nothing_on_disk_is_pickled(saved: Path) -> None:
             json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("step", ["dcp.save", "_sha256", "fsync"])
+@pytest.mark.parametrize("step", ["dcp.save", "sha256", "fsync"])
 def test_an_interrupted_save_leaves_no_checkpoint_and_the_next_one_is_whole(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -199,20 +199,20 @@ def test_top_items_are_the_head_of_a_full_sort_without_the_seen(ranks: Ranks) ->
     scores = torch.randn(NUM_USERS, NUM_ITEMS, generator=generator)
     users = torch.tensor([3, 9, 30])
     seen = _jagged([[1, 2, 3], [], [16, 0]])
-    ids, values = top_items(_scorer(scores), users, seen, 4, NUM_ITEMS, ranks)
+    ids, values = top_items(scores[users], seen, 4, NUM_ITEMS, ranks)
     for row, (user, hidden) in enumerate(zip(users.tolist(), _rows(seen), strict=True)):
         order = sorted(
             set(range(NUM_ITEMS)) - set(hidden), key=lambda item, u=user: -float(scores[u, item])
         )
         assert ids[row].tolist() == order[:4]
         assert torch.equal(values[row], scores[user, order[:4]])
-    unhidden, _ = top_items(_scorer(scores), users, None, NUM_ITEMS, NUM_ITEMS, ranks)
+    unhidden, _ = top_items(scores[users], None, NUM_ITEMS, NUM_ITEMS, ranks)
     assert torch.equal(unhidden, scores[users].argsort(dim=1, descending=True))
 
 
 def test_top_items_say_where_candidates_ran_out(ranks: Ranks) -> None:
     scores = torch.tensor([[1.0, 3, 2]])
-    ids, values = top_items(_scorer(scores), torch.tensor([0]), _jagged([[0, 1]]), 10, 3, ranks)
+    ids, values = top_items(scores, _jagged([[0, 1]]), 10, 3, ranks)
     assert values.tolist() == [[2, -torch.inf, -torch.inf]]
     assert ids[0, 0] == 2
 

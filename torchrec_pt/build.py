@@ -58,19 +58,31 @@ def build_learner(
     ranks: Ranks,
 ) -> Built:
     """A learner with initial values from the run's seed, placed on the ranks."""
+    built = _build_unfilled(config, train, objectives, num_items, ranks)
+    fill_item_table(built.model, config.seed)
+    return built
+
+
+def _build_unfilled(
+    config: RunConfig,
+    train: TrainConfig,
+    objectives: Sequence[nn.Module],
+    num_items: int,
+    ranks: Ranks,
+) -> Built:
+    """The same, but for the item table, which holds nothing yet."""
     table = config.model.item_table
     placement = settle_placement(table, num_items, config.model.dim)
     torch.manual_seed(config.seed)
     backbone = Transformer(config.model, num_items)
     learner = Learner(backbone, objectives, placement, ranks)
     model = shard(learner, placement, table, train, ranks)
-    fill_item_table(model, config.seed)
     return Built(learner, model, placement)
 
 
 def load_backbone(config: RunConfig, path: Path, num_items: int, ranks: Ranks) -> Transformer:
     """The backbone of a checkpoint, for evaluation, export and serving; all ranks call it."""
-    built = build_learner(config, TrainConfig(), [], num_items, ranks)
+    built = _build_unfilled(config, TrainConfig(), [], num_items, ranks)
     checkpoint.load(path, {f"model.{n}": v for n, v in built.model.state_dict().items()})
     built.model.eval()
     return built.learner.backbone

@@ -11,7 +11,6 @@ right name is whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -26,8 +25,8 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageWriter,
 )
 
-from torchrec_pt.data.atomic import fsync
 from torchrec_pt.distributed import Ranks
+from torchrec_pt.files import fsync, sha256
 
 
 class CheckpointError(ValueError):
@@ -54,7 +53,7 @@ def save(
     dcp.save(flat, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
     if ranks.is_first:
         (partial / "state.json").write_text(json.dumps(state, indent=1))
-        hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        hashes = {path.name: sha256(path) for path in sorted(partial.iterdir())}
         (partial / "complete.json").write_text(json.dumps(hashes, indent=1))
         for path in partial.iterdir():
             fsync(path)
@@ -113,7 +112,7 @@ def verify(path: Path) -> None:
     except (OSError, ValueError):
         raise CheckpointError(f"{path}: no complete checkpoint; use another one") from None
     for name, expected in hashes.items():
-        if not (path / name).is_file() or _sha256(path / name) != expected:
+        if not (path / name).is_file() or sha256(path / name) != expected:
             raise CheckpointError(f"{path / name}: damaged or missing; use another checkpoint")
 
 
@@ -127,11 +126,3 @@ def prune(folder: Path, keep_last: int, best: Path) -> None:
     for path in saved(folder)[:-keep_last]:
         if path != best:
             shutil.rmtree(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -6,7 +6,7 @@ catalogue; only counts and a few best items travel. Nothing of users × items is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,9 +70,8 @@ def rank_targets(
     """
     begin, end = ranks.part_of(num_items)
     counted: list[Tensor] = []
-    for first, block in _blocks(asked.users, batch_size):
-        rows = torch.arange(first, first + len(block))
-        scores = scorer(block)
+    for rows in torch.arange(len(asked.users)).split(batch_size):
+        scores = scorer(asked.users[rows])
         if not bool(torch.isfinite(scores).all()):
             raise ValueError("evaluate: the model's scores are not finite; train it again")
         seen = asked.seen.select(rows).to(scores.device)
@@ -106,13 +105,6 @@ def _hide(scores: Tensor, seen: Jagged, begin: int) -> None:
     item = seen.values - begin
     is_held = (item >= 0) & (item < scores.shape[1])
     scores[seen.rows[is_held], item[is_held]] = -torch.inf
-
-
-def _blocks(users: Tensor, batch_size: int) -> Iterator[tuple[int, Tensor]]:
-    first = 0
-    for block in users.split(batch_size):
-        yield first, block
-        first += len(block)
 
 
 class ModelScorer:
@@ -156,15 +148,16 @@ def encode_histories(backbone: Transformer, history: Jagged) -> Tensor:
 
 
 def top_items(
-    scorer: Scorer, users: Tensor, seen: Jagged | None, k: int, num_items: int, ranks: Ranks
+    scores: Tensor, seen: Jagged | None, k: int, num_items: int, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
     """The k best items of each user that are not in their row of `seen`.
 
+    Args:
+        scores: (B, N_r) of the items in this rank's range; those of seen items are overwritten.
     Returns:
         ids (B, k) int64 and scores (B, k) float32, best first; −inf where candidates ran out.
     """
     begin, _ = ranks.part_of(num_items)
-    scores = scorer(users)
     if seen is not None:
         _hide(scores, seen.to(scores.device), begin)
     best = scores.topk(min(k, scores.shape[1]), dim=1)

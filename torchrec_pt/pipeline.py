@@ -26,10 +26,11 @@ from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.data.prepare import prepare as prepare_dataset
 from torchrec_pt.distributed import Ranks, gather_objects, joined_ranks
 from torchrec_pt.evaluate import ModelScorer, Scorer, held_out, rank_targets
+from torchrec_pt.files import write_json
 from torchrec_pt.metrics import paired_difference, ranking_metrics
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.recommender import Recommendation, Recommender
-from torchrec_pt.runs import StageResult, load_result, write_json
+from torchrec_pt.runs import StageResult, load_result
 from torchrec_pt.tasks.ranking import RankingTask
 from torchrec_pt.train import MONITOR, Trainer
 from torchrec_pt.transfer import load_pretrained
@@ -37,14 +38,18 @@ from torchrec_pt.transfer import load_pretrained
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage works with: the run's settings, this process among its peers, and a screen."""
+    """What a stage works with: the run's settings, this process among its peers, and a screen.
+
+    Attributes:
+        console: None on every rank but the first.
+    """
 
     config: RunConfig
     ranks: Ranks
     console: Console | None
 
     def say(self, text: str) -> None:
-        if self.console is not None and self.ranks.is_first:
+        if self.console is not None:
             self.console.print(text, highlight=False)
 
 
@@ -53,7 +58,7 @@ def _stage(config: RunConfig, console: Console | None) -> Iterator[Stage]:
     with joined_ranks() as ranks:
         if ranks.is_first:
             write_json(config.run_dir / "config.json", config.model_dump(mode="json"))
-        yield Stage(config, ranks, console)
+        yield Stage(config, ranks, console if ranks.is_first else None)
 
 
 # --- prepare ------------------------------------------------------------------------------------
@@ -168,8 +173,9 @@ def _train(
     built = build_learner(config, train, objectives, dataset.num_items, ranks)
     if start_from is not None:
         stage.say(f"{name}: {load_pretrained(start_from.checkpoint, built.model)}")
+    history = dataset.history("train")
     loader = HistoryLoader(
-        dataset.history("train"),
+        history,
         batch_size=train.batch_size,
         max_length=config.model.max_length,
         seed=config.seed,
@@ -193,7 +199,6 @@ def _train(
     asked = held_out(dataset, "valid")
     if not len(asked.users):
         raise ValueError(f"{name}: no user has a validation interaction; change data.split")
-    history = dataset.history("train")
 
     def validate() -> dict[str, float]:
         scorer = ModelScorer(built.learner.backbone, history, ranks)
@@ -201,13 +206,12 @@ def _train(
         return {n: float(v.mean()) for n, v in ranking_metrics(found, (10,)).items()}
 
     position = trainer.run(validate)
-    best = next(entry for entry in position.curve if entry["step"] == position.best_step)
     result = StageResult(
         folder,
         fingerprint,
         {
             "checkpoint": str(trainer.best_checkpoint.relative_to(folder)),
-            "metrics": best["metrics"],
+            "metrics": position.best["metrics"],
             "curve": position.curve,
             "seconds": time.monotonic() - started_at,
         },

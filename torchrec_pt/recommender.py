@@ -77,8 +77,7 @@ class Recommender:
             seen = Jagged(torch.tensor(ids, dtype=torch.int64), torch.tensor([0, len(ids)]))
         vector = encode_histories(self.backbone, seen.to(self.ranks.device))
         ids_, scores = top_items(
-            lambda _: vector @ self._scorer.keys.T,
-            torch.zeros(1, dtype=torch.int64),
+            vector @ self._scorer.keys.T,
             seen if exclude_seen else None,
             k,
             self.dataset.num_items,

@@ -76,14 +76,16 @@ class RowNoise:
 
     def per_row(self, site: str, num: int) -> Tensor:
         """(B, num) float32 uniform in [0, 1)."""
-        base = mix(self.rows + key(self.seed, self.step, site)).unsqueeze(1)
-        return unit_interval(mix(base + torch.arange(num, device=self.rows.device) * _GOLDEN))
+        return unit_interval(self._row_bits(site, num))
 
     def integers(self, site: str, num: int, high: int) -> Tensor:
         """(B, num) int64 uniform in [0, high); the remainder of 63 bits, so high < 2^40 is even."""
+        return _shift_right(self._row_bits(site, num), 1) % high
+
+    def _row_bits(self, site: str, num: int) -> Tensor:
+        """(B, num) int64."""
         base = mix(self.rows + key(self.seed, self.step, site)).unsqueeze(1)
-        bits = mix(base + torch.arange(num, device=self.rows.device) * _GOLDEN)
-        return _shift_right(bits, 1) % high
+        return mix(base + torch.arange(num, device=self.rows.device) * _GOLDEN)
 
     def per_token(self, site: str, row_of_token: Tensor, position: Tensor) -> Tensor:
         """(T,) float32 uniform in [0, 1); the token at `position` of row `row_of_token`."""

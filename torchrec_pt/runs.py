@@ -11,13 +11,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torchrec_pt.config import RunConfig
+from torchrec_pt.files import write_json
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,3 @@ def load_run(run_dir: Path) -> Run:
         if serving is not None:
             return Run(config, serving)
     raise ValueError(f"{run_dir}: holds no trained model yet; run its pretrain stage first")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write aside and rename, so that a file that exists is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        json.dump(value, file, indent=1, default=str)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -40,15 +39,20 @@ class Position:
 
     Attributes:
         curve: one entry per validation: epoch, step, mean losses of the last epoch, metrics.
-        best_step, best_metric: of the entry with the best monitored metric.
     """
 
     epoch: int = 0
     step: int = 0
-    best_step: int = 0
-    best_metric: float = -math.inf
-    validations_since_best: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The first entry of `curve` with the best monitored metric."""
+        return max(self.curve, key=lambda entry: entry["metrics"][MONITOR])
+
+    @property
+    def validations_since_best(self) -> int:
+        return len(self.curve) - 1 - self.curve.index(self.best)
 
 
 class Trainer:
@@ -85,12 +89,8 @@ class Trainer:
         self.console = console
         self.position = Position()
 
-    @property
-    def num_steps(self) -> int:
-        return self.config.epochs * self.loader.steps_per_epoch
-
     def run(self, validate: Validate) -> Position:
-        """Train to the end or until patience runs out, then load the best checkpoint.
+        """Train to the end or until patience runs out; `best_checkpoint` then holds the result.
 
         Raises:
             TrainingError: the loss became NaN or infinite.
@@ -99,8 +99,8 @@ class Trainer:
         self.optimizers.init_state()
         if not self._resume():
             self._validate_and_save(validate, {}, writer)
-        console = self.console if self.ranks.is_first else None
-        with StageProgress(console, self.name, self.num_steps, self.position.step) as progress:
+        num_steps = self.optimizers.num_steps
+        with StageProgress(self.console, self.name, num_steps, self.position.step) as progress:
             while self.position.epoch < self.config.epochs and not self._is_out_of_patience():
                 losses = self._train_epoch(progress, writer)
                 self.position.epoch += 1
@@ -109,15 +109,14 @@ class Trainer:
                     progress.note(
                         f"valid {MONITOR} {self.position.curve[-1]['metrics'][MONITOR]:.4f}"
                     )
-            progress.note(f"best valid {MONITOR} {self.position.best_metric:.4f}")
+            progress.note(f"best valid {MONITOR} {self.position.best['metrics'][MONITOR]:.4f}")
         if writer is not None:
             writer.close()
-        checkpoint.load(self.best_checkpoint, self._model_tensors())
         return self.position
 
     @property
     def best_checkpoint(self) -> Path:
-        return self._checkpoints / f"step-{self.position.best_step:08d}"
+        return self._checkpoints / f"step-{self.position.best['step']:08d}"
 
     @property
     def _checkpoints(self) -> Path:
@@ -184,11 +183,6 @@ class Trainer:
         position.curve.append(
             {"epoch": position.epoch, "step": position.step, "losses": losses, "metrics": metrics}
         )
-        if metrics[MONITOR] > position.best_metric:
-            position.best_metric, position.best_step = metrics[MONITOR], position.step
-            position.validations_since_best = 0
-        else:
-            position.validations_since_best += 1
         if writer is not None:
             for name, value in metrics.items():
                 writer.add_scalar(f"valid/{name}", value, position.step)
@@ -225,5 +219,5 @@ class Trainer:
         return {f"optimizer.{name}": value for name, value in self.optimizers.state().items()}
 
     def _say(self, text: str) -> None:
-        if self.console is not None and self.ranks.is_first:
+        if self.console is not None:
             self.console.print(text, highlight=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 import polars as pl
 
 from torchrec_pt.data.errors import DataError
+from torchrec_pt.files import fsync
 
 
 @contextmanager
@@ -76,15 +77,6 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
         raise _cannot_write(out, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def fsync(path: Path) -> None:
-    """Have the disk hold a file or folder before what follows is done."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_write(out: Path, error: Exception) -> DataError:

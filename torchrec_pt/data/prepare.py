@@ -26,6 +26,7 @@ from torchrec_pt.data.numbering import renumber
 from torchrec_pt.data.readers import RawData, read_raw
 from torchrec_pt.data.sources import find_sources
 from torchrec_pt.data.splits import TEST, TRAIN, VALID, assign_splits
+from torchrec_pt.files import sha256
 
 
 def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
@@ -120,11 +121,8 @@ def _build_tables(
 
 
 def _describe(path: Path) -> Source:
-    digest = hashlib.sha256()
-    with reading(path), path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return Source(name=str(path), num_bytes=path.stat().st_size, sha256=digest.hexdigest())
+    with reading(path):
+        return Source(name=str(path), num_bytes=path.stat().st_size, sha256=sha256(path))
 
 
 def _fingerprint(config: DataConfig, seed: int, sources: tuple[Source, ...]) -> str:

@@ -1,0 +1,86 @@
+"""A pydantic error as one line: where in the TOML, which rule, and how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first problem of a validation error as one line: where, what, how to mend."""
+    errors = error.errors()
+    # A list whose element is wrong is reported as too short besides.
+    problems = [
+        one
+        for one in errors
+        if not any(o["loc"][: len(one["loc"])] == one["loc"] != o["loc"] for o in errors)
+    ]
+    first = problems[0]
+    location, kind = first["loc"], first["type"]
+    # A union puts the chosen tag into the location: finetune.ranking, objectives.0.masked_item.
+    model, where = _walk(root, location)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if kind == "extra_forbidden":
+        key = str(location[-1])
+        near = difflib.get_close_matches(key, model.model_fields if model else (), n=1, cutoff=0.5)
+        hint = f'did you mean "{near[0]}"?' if near else f"known: {_listed(model)}"
+        return f"{where}: unknown key; {hint}{more}"
+    if kind in ("union_tag_invalid", "literal_error"):
+        given = first["ctx"].get("tag", first["input"])
+        expected = first["ctx"].get("expected_tags", first["ctx"].get("expected", ""))
+        options = [option.strip(" '\"") for option in expected.replace(" or ", ",").split(",")]
+        near = difflib.get_close_matches(str(given), options, n=1, cutoff=0.5)
+        hint = f'did you mean "{near[0]}"?' if near else f"choose one of {', '.join(options)}"
+        return f'{where}: unknown value "{given}"; {hint}{more}'
+    if kind == "missing":
+        return f"{where}: required, but missing; add it{more}"
+    if kind == "union_tag_not_found":
+        return f"{where}: lacks {first['ctx']['discriminator']}, which says what it is{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], dict) else f", given {first['input']!r}"
+    return f"{where}: {message[0].lower()}{message[1:]}{given}{more}"
+
+
+def _listed(model: type[BaseModel] | None) -> str:
+    return ", ".join(model.model_fields) if model else "none"
+
+
+def _walk(
+    root: type[BaseModel], location: tuple[int | str, ...]
+) -> tuple[type[BaseModel] | None, str]:
+    """The innermost model on the way to `location`, and the location as a TOML user writes it."""
+    model: type[BaseModel] | None = root
+    candidates: tuple[type[BaseModel], ...] = (root,)
+    words: list[str] = []
+    for part in location:
+        if isinstance(part, int):
+            words[-1] += f"[{part}]"
+            continue
+        tagged = [c for c in candidates if len(candidates) > 1 and _tag(c) == part]
+        if tagged:
+            model, candidates = tagged[0], (tagged[0],)
+            continue
+        words.append(part)
+        model = candidates[0] if len(candidates) == 1 else model
+        if model and part in model.model_fields:
+            candidates = _models_in(model.model_fields[part].annotation)
+    return model, ".".join(words) or "top level"
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    for key in ("name", "rule"):
+        if key in model.model_fields:
+            return str(typing.get_args(model.model_fields[key].annotation)[0])
+    return None
+
+
+def _models_in(annotation: Any) -> tuple[type[BaseModel], ...]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return (annotation,)
+    if isinstance(annotation, types.GenericAlias | types.UnionType) or typing.get_args(annotation):
+        return tuple(m for inner in typing.get_args(annotation) for m in _models_in(inner))
+    return ()
