@@ -23,7 +23,8 @@ from cluster.resources import Device, use_gpus
 from cluster.screen import SayFailures, failures, last_line, screen_to
 from cluster.versions import installed_versions, read_versions, version_mismatch
 from cluster.worker import Finished, Refused, Work, train_loop
-from torchrec_pt.config import RunConfig, load_config
+from torchrec_pt.config import RunConfig
+from torchrec_pt.config_file import load_config
 
 if TYPE_CHECKING:
     from torchrec_pt.pipeline import RunResult

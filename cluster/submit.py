@@ -31,7 +31,8 @@ from typer.core import TyperGroup
 
 from cluster.resources import Device
 from cluster.versions import installed_versions, write_versions
-from torchrec_pt.config import RunConfig, load_config
+from torchrec_pt.config import RunConfig
+from torchrec_pt.config_file import load_config
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

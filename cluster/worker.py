@@ -104,10 +104,11 @@ def exit_code_of(error: Exception) -> int | None:
 
 
 def flat_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """model/metric -> mean over users, as Ray Train reports metrics."""
+    """task/model/metric -> value, as Ray Train reports metrics."""
     return {
-        f"{model}/{metric}": value
-        for model, metrics in evaluation.metrics.items()
+        f"{task}/{model}/{metric}": value
+        for task, result in evaluation.items()
+        for model, metrics in result.metrics.items()
         for metric, value in metrics.items()
     }
 

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from torchrec_pt.config import RunConfig
-from torchrec_pt.data.batch import Rows
+from torchrec_pt.data.batch import Draw, Embedded, Rows
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.prepare import prepare
 from torchrec_pt.rng import RowNoise
 
 NUM_USERS, NUM_ITEMS = 37, 30
+
+KINDS = ("a|b", "b", "", "c|a|b")
+# Of each kind and entity; the columns stand in the log itself.
+FEATURES = [
+    {"column": "colour", "of": "item", "kind": "categorical"},
+    {"column": "kinds", "of": "item", "kind": "categorical", "separator": "|"},
+    {"column": "age", "of": "user", "kind": "numeric"},
+    {"column": "hour", "of": "interaction", "kind": "categorical"},
+]
 
 # Tensors of a few dozen rows are slower on many threads than on one.
 torch.set_num_threads(1)
@@ -25,16 +36,20 @@ torch.set_num_threads(1)
 def write_cycle(path: Path) -> None:
     """Each user walks the items in a circle from a start of their own, with rare leaps."""
     draw = random.Random(0)
-    lines = ["user_id\titem_id\trating\ttimestamp"]
+    lines = ["user_id\titem_id\trating\ttimestamp\tcolour\tkinds\tage\thour"]
     for user in range(NUM_USERS):
         item = draw.randrange(NUM_ITEMS)
         for time in range(draw.randint(4, 14)):
-            lines.append(f"u{user}\ti{item}\t{draw.randint(1, 5)}\t{time}")
+            rating = draw.randint(1, 5)
+            side = f"{'red' if item % 3 else 'blue'}\t{KINDS[item % 4]}\t{20 + user}\t{time % 3}"
+            lines.append(f"u{user}\ti{item}\t{rating}\t{time}\t{side}")
             item = (item + (1 if draw.random() < 0.9 else draw.randrange(NUM_ITEMS))) % NUM_ITEMS
     path.write_text("\n".join(lines) + "\n")
 
 
-def tiny_config(folder: Path, **sections: Any) -> RunConfig:
+def tiny_config(
+    folder: Path, features: Sequence[Mapping[str, Any]] = (), **sections: Any
+) -> RunConfig:
     """A run over the circle; `sections` replace or add top-level sections."""
     raw: dict[str, Any] = {
         "run_dir": folder / "run",
@@ -42,6 +57,7 @@ def tiny_config(folder: Path, **sections: Any) -> RunConfig:
             "format": "tsv",
             "path": folder / "log.tsv",
             "columns": {"rating": "rating", "timestamp": "timestamp"},
+            "features": features,
         },
         "model": {"dim": 16, "num_layers": 1, "max_length": 8, "dropout": 0.1},
         "pretrain": {
@@ -59,12 +75,19 @@ def rows_of(lengths: list[int], step: int = 0) -> Rows:
     """Row r holds the items 100 r, 100 r + 1, …, so that an item tells its row and place."""
     values = [100 * row + place for row, num in enumerate(lengths) for place in range(num)]
     return Rows(
+        users=torch.arange(len(lengths)),
         histories=Jagged.from_lengths(
             torch.tensor(values, dtype=torch.int64), torch.tensor(lengths)
         ),
         noise=RowNoise(0, step, torch.arange(len(lengths))),
         weight=(torch.tensor(lengths) > 0).float(),
     )
+
+
+def embedded(draw: Draw, table: Tensor, **changed: Tensor) -> Embedded:
+    """A draw as the learner looks it up in a table (N, D); some tensors replaced."""
+    vectors = {name: ids.with_values(table[ids.values]) for name, ids in draw.lookups.items()}
+    return Embedded(draw.lookups, vectors, {**draw.tensors, **changed})
 
 
 @pytest.fixture(scope="session")
@@ -79,3 +102,10 @@ def cycle(cycle_folder: Path) -> PreparedDataset:
     config = tiny_config(cycle_folder)
     prepare(config.data, cycle_folder / "prepared", 0)
     return PreparedDataset.load(cycle_folder / "prepared")
+
+
+@pytest.fixture(scope="session")
+def cycle_with_features(cycle_folder: Path) -> PreparedDataset:
+    config = tiny_config(cycle_folder, FEATURES)
+    prepare(config.data, cycle_folder / "prepared_with_features", 0)
+    return PreparedDataset.load(cycle_folder / "prepared_with_features")

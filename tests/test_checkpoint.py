@@ -77,10 +77,8 @@ class _Training:
         model = {"dim": 16, "num_layers": 1, "max_length": 8, "item_table": table}
         config: RunConfig = tiny_config(folder, model=model, seed=seed)
         assert config.pretrain is not None
-        objectives = build_objectives(config.pretrain, config.model, data)
-        self.built: Built = build_learner(
-            config, config.pretrain, objectives, data.num_items, ranks
-        )
+        objectives = build_objectives(config, data)
+        self.built: Built = build_learner(config, config.pretrain, objectives, data, ranks)
         self.optimizers = Optimizers(self.built.model, config.pretrain, self.built.placement, 100)
         self.loader = HistoryLoader(
             data.history("train"), batch_size=10, max_length=8, seed=0, ranks=ranks

@@ -10,15 +10,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from torchrec_pt import config as config_module
-from torchrec_pt.config import (
-    ConfigError,
-    LeaveOneOutSplit,
-    ModelConfig,
-    RunConfig,
-    Section,
-    load_config,
-)
+from torchrec_pt import config_file
+from torchrec_pt.config import LeaveOneOutSplit, RunConfig, Section, TransformerConfig
+from torchrec_pt.config_file import ConfigError, load_config
 
 ROOT = Path(__file__).parents[1]
 BASE = """
@@ -231,7 +225,7 @@ def test_the_digest_is_the_same_in_every_process_and_release() -> None:
 
 
 def test_any_changed_value_changes_the_digest() -> None:
-    base = ModelConfig()
+    base = TransformerConfig()
     other = {
         "dim": 32,
         "num_layers": 3,
@@ -242,8 +236,8 @@ def test_any_changed_value_changes_the_digest() -> None:
         "dropout": 0.3,
         "item_table": {"placement": "row_wise"},
     }
-    assert other.keys() == ModelConfig.model_fields.keys() - {"backbone"}
-    digests = {ModelConfig(**{name: value}).digest() for name, value in other.items()}
+    assert other.keys() == TransformerConfig.model_fields.keys() - {"backbone"}
+    digests = {TransformerConfig(**{name: value}).digest() for name, value in other.items()}
     assert len(digests | {base.digest()}) == len(other) + 1
 
 
@@ -258,9 +252,9 @@ def test_python_3_10_reads_toml_by_tomli_which_is_required_there(
     required = (ROOT / "requirements/base.txt").read_text()
     assert re.search(r'^tomli==[\d.]+; python_version < "3.11"$', required, re.MULTILINE)
     # tomllib is tomli under another name, so it can stand in for it.
-    monkeypatch.setitem(sys.modules, "tomli", config_module.tomllib)
+    monkeypatch.setitem(sys.modules, "tomli", config_file.tomllib)
     monkeypatch.setitem(sys.modules, "tomllib", None)
-    source = Path(str(config_module.__file__))
+    source = Path(str(config_file.__file__))
     spec = spec_from_file_location("config_of_3_10", source)
     assert spec is not None
     assert spec.loader is not None
@@ -268,4 +262,4 @@ def test_python_3_10_reads_toml_by_tomli_which_is_required_there(
     monkeypatch.setitem(sys.modules, spec.name, module)
     monkeypatch.setattr(sys, "version_info", (3, 10, 0, "final", 0))
     spec.loader.exec_module(module)
-    assert module.tomllib is config_module.tomllib
+    assert module.tomllib is config_file.tomllib

@@ -18,15 +18,9 @@ from torchrec_pt.config import TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, joined_ranks
-from torchrec_pt.evaluate import (
-    HeldOut,
-    ModelScorer,
-    Scorer,
-    held_out,
-    rank_targets,
-    top_items,
-)
+from torchrec_pt.evaluate import HeldOut, held_out, rank_targets
 from torchrec_pt.metrics import ranking_metrics
+from torchrec_pt.scoring import ModelScorer, Scorer, top_items
 
 NUM_USERS, NUM_ITEMS = 50, 17
 
@@ -223,7 +217,7 @@ def test_the_model_scores_each_user_by_the_newest_items_alone(
 ) -> None:
     model = {"dim": 16, "num_layers": 1, "max_length": 5, "attention": attention}
     config = tiny_config(Path(), model=model)
-    built = build_learner(config, TrainConfig(), [], cycle.num_items, ranks)
+    built = build_learner(config, TrainConfig(), [], cycle, ranks)
     backbone = built.learner.backbone.eval()
     weight = backbone.items.weight.detach()
     history = cycle.history("valid")
@@ -237,6 +231,6 @@ def test_the_model_scores_each_user_by_the_newest_items_alone(
         cut += len(newest) < len(items)
         tokens = Jagged(weight[newest], torch.tensor([0, len(newest)]))
         with torch.no_grad():
-            expected = backbone.encode_users(tokens) @ weight.T
+            expected = backbone.encode_users(torch.tensor([user]), tokens) @ weight.T
         torch.testing.assert_close(got[row], expected[0])
     assert cut  # at least one history was longer

@@ -14,12 +14,15 @@ ROOT = Path(__file__).parents[1]
 # From the bottom to the top. A module or folder may import its own layer and those below it.
 # `_C` is the compiled extension.
 LAYERS = (
-    {"config", "config_errors", "rng", "distributed", "files", "progress", "_C"},
+    {"config", "config_file", "rng", "distributed", "files", "progress", "_C"},
     {"data", "ops", "metrics", "checkpoint", "runs"},
     {"models", "sharding"},
     {"objectives", "tasks"},
     {"learner", "optim"},
-    {"build", "train", "transfer", "evaluate", "baselines", "export", "recommender"},
+    {"build", "train", "transfer", "scoring", "evaluate", "baselines"},
+    {"validation", "export", "recommender", "report"},
+    {"stages"},
+    {"evaluation"},
     {"pipeline"},
     {"tables", "doctor"},
     {"cli"},

@@ -1,4 +1,4 @@
-"""Ranking metrics against torchmetrics, and the paired interval against its formula."""
+"""Metrics against torchmetrics, and intervals against their formulas and the bootstrap."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics.functional import mean_absolute_error, mean_squared_error
+from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.functional.retrieval import (
     retrieval_hit_rate,
     retrieval_normalized_dcg,
@@ -16,7 +18,14 @@ from torchmetrics.functional.retrieval import (
 )
 
 from torchrec_pt.data.jagged import Jagged
-from torchrec_pt.metrics import paired_difference, ranking_metrics
+from torchrec_pt.metrics import (
+    Estimate,
+    click_metrics,
+    mean_estimate,
+    paired_difference,
+    ranking_metrics,
+    rating_metrics,
+)
 
 NUM_ITEMS, NUM_USERS = 40, 60
 
@@ -68,20 +77,94 @@ def test_one_relevant_item_gives_the_textbook_values() -> None:
 def test_the_paired_interval_is_that_of_the_mean_difference() -> None:
     # Differences 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 3.
     a, b = torch.tensor([1.0, 4, 3, 7]), torch.tensor([0.0, 2, 0, 1])
-    mean, half_width = paired_difference(a, b)
+    first, second = mean_estimate(a), mean_estimate(b)
+    mean, half_width = paired_difference(first, second)
     assert mean == 3
     assert half_width == pytest.approx(1.96 * math.sqrt(14 / 3) / 2)
-    assert paired_difference(b, a) == (-mean, half_width)
-    assert paired_difference(a, a) == (0, 0)
+    assert paired_difference(second, first) == (-mean, pytest.approx(half_width))
+    assert paired_difference(first, first) == (0, 0)
 
 
 def test_the_paired_interval_agrees_with_a_bootstrap_over_users() -> None:
     draw = np.random.default_rng(0)
     ease = draw.random(400)  # users are easy or hard for both models
     a, b = ((ease + draw.random(400) > level).astype(float) for level in (0.9, 1.0))
-    mean, half_width = paired_difference(torch.from_numpy(a), torch.from_numpy(b))
+    mean, half_width = paired_difference(
+        mean_estimate(torch.from_numpy(a)), mean_estimate(torch.from_numpy(b))
+    )
     means = (a - b)[draw.integers(400, size=(4000, 400))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
     # A quantile of 4000 draws is off by about 4 %; 10 % leaves room for the normal approximation.
     assert mean - half_width == pytest.approx(low, abs=0.1 * half_width)
     assert mean + half_width == pytest.approx(high, abs=0.1 * half_width)
+
+
+# --- clicks and ratings -------------------------------------------------------------------------
+
+
+def _judged(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two models' predictions (with ties), labels, and users with one to nine rows each."""
+    draw = np.random.default_rng(seed)
+    users = np.repeat(np.arange(300), draw.integers(1, 10, 300))
+    hard = draw.normal(0, 1, 300)[users]
+    labels = hard + draw.normal(0, 1, len(users)) > 0
+    a, b = (
+        np.round(1 / (1 + np.exp(-(hard * gain + draw.normal(0, 1, len(users))))), 2)
+        for gain in (1.0, 0.7)
+    )
+    return tuple(torch.from_numpy(x) for x in (a, b, labels.astype(float), users))
+
+
+def test_click_metrics_agree_with_torchmetrics() -> None:
+    a, _, labels, users = _judged()
+    found = click_metrics(a, labels, users)
+    expected = binary_auroc(a, labels.long())
+    assert found["auc"].value == pytest.approx(float(expected), rel=1e-5)  # float32 there
+    loss = torch.nn.functional.binary_cross_entropy(a.clamp(1e-7, 1 - 1e-7), labels)
+    assert found["logloss"].value == pytest.approx(float(loss))
+
+
+def test_rating_metrics_agree_with_torchmetrics() -> None:
+    a, b, _, users = _judged()
+    found = rating_metrics(a, b, users)
+    assert found["rmse"].value == pytest.approx(float(mean_squared_error(a, b, squared=False)))
+    assert found["mae"].value == pytest.approx(float(mean_absolute_error(a, b)))
+
+
+@pytest.mark.parametrize("metric", ["auc", "logloss", "rmse", "mae"])
+def test_the_paired_interval_of_any_metric_agrees_with_a_bootstrap_over_users(
+    metric: str,
+) -> None:
+    a, b, labels, users = _judged()
+    metrics = click_metrics if metric in ("auc", "logloss") else rating_metrics
+
+    def found(predictions: Tensor, rows: Tensor) -> Estimate:
+        _, user = users[rows].unique(return_inverse=True)
+        return metrics(predictions[rows], labels[rows], user)[metric]
+
+    rows = torch.arange(len(a))
+    difference, half_width = paired_difference(found(a, rows), found(b, rows))
+    assert difference == pytest.approx(found(a, rows).value - found(b, rows).value)
+    starts = torch.searchsorted(users, torch.arange(301))
+    draw = np.random.default_rng(1)
+    drawn = []
+    for _ in range(1000):
+        chosen = draw.integers(0, 300, 300)
+        again = torch.cat([rows[starts[user] : starts[user + 1]] for user in chosen])
+        drawn.append(found(a, again).value - found(b, again).value)
+    # The deviation of 1000 draws is off by about 2 %.
+    assert half_width == pytest.approx(1.96 * float(np.std(drawn)), rel=0.1)
+
+
+def test_influences_sum_to_nothing() -> None:
+    a, b, labels, users = _judged()
+    estimates = {**click_metrics(a, labels, users), **rating_metrics(a, b, users)}
+    for name, estimate in estimates.items():
+        assert len(estimate.influence) == 300, name
+        assert float(estimate.influence.sum()) == pytest.approx(0, abs=1e-12), name
+
+
+def test_the_auc_of_one_class_is_undefined_and_the_logloss_is_not() -> None:
+    found = click_metrics(torch.tensor([0.5, 0.25]), torch.ones(2), torch.arange(2))
+    assert math.isnan(found["auc"].value)
+    assert found["logloss"].value == pytest.approx((math.log(2) + math.log(4)) / 2)

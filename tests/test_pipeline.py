@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 
-from tests.conftest import NUM_ITEMS, tiny_config
+from tests.conftest import tiny_config
 from torchrec_pt import Recommender, checkpoint, cli, pipeline
 from torchrec_pt.build import Built, build_learner
 from torchrec_pt.config import RunConfig, TrainConfig
@@ -51,11 +51,11 @@ def test_the_table_has_every_model_and_the_fine_tuned_one_learned_the_circle(
     finished: RunConfig,
 ) -> None:
     written = json.loads((finished.run_dir / "evaluate/result.json").read_text())
-    metrics = written["metrics"]
+    metrics = written["ranking"]["metrics"]
     assert list(metrics) == ["popularity", "item-kNN", "pretrained", "scratch", "fine-tuned"]
     # On the circle the next item is known nine times in ten; popularity knows nothing of it.
     assert metrics["fine-tuned"]["ndcg@10"] > 2 * metrics["popularity"]["ndcg@10"]
-    difference, _ = written["control"]["ndcg@10"]
+    difference, _ = written["ranking"]["control"]["ndcg@10"]
     gap = metrics["fine-tuned"]["ndcg@10"] - metrics["scratch"]["ndcg@10"]
     assert difference == pytest.approx(gap)
 
@@ -114,7 +114,8 @@ def test_neither_user_nor_history_is_refused(finished: RunConfig) -> None:
 
 
 def _built(config: RunConfig) -> Built:
-    return build_learner(config, TrainConfig(), [], NUM_ITEMS, join_ranks())
+    dataset = PreparedDataset.load(config.prepared_dir)
+    return build_learner(config, TrainConfig(), [], dataset, join_ranks())
 
 
 def test_fine_tuning_loads_every_parameter_of_the_backbone(finished: RunConfig) -> None:
@@ -149,7 +150,7 @@ def test_results_of_another_configuration_are_not_taken_for_this_one(finished: R
     reseeded = finished.model_copy(update={"seed": 1})
     pipeline.prepare(reseeded)
     try:
-        assert list(pipeline.evaluate(reseeded).metrics) == ["popularity", "item-kNN"]
+        assert list(pipeline.evaluate(reseeded)["ranking"].metrics) == ["popularity", "item-kNN"]
         with pytest.raises(ValueError, match="no finished pretraining of this configuration"):
             pipeline.finetune(reseeded)
     finally:

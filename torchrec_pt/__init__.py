@@ -6,29 +6,34 @@ import os
 # takes up to ten times as long; asleep they cost nothing measurable. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from torchrec_pt.config import RunConfig, load_config
+from torchrec_pt.config import RunConfig
+from torchrec_pt.config_file import load_config
 
 __all__ = [
     "Recommender",
     "RunConfig",
     "evaluate",
+    "export_embeddings",
     "export_run",
     "finetune",
     "load_config",
     "prepare",
     "pretrain",
     "run",
+    "write_report",
 ]
 __version__ = "0.1.0"
 
 _LAZY = {
     "Recommender": "recommender",
     "evaluate": "pipeline",
+    "export_embeddings": "export",
     "export_run": "pipeline",
     "finetune": "pipeline",
     "prepare": "pipeline",
     "pretrain": "pipeline",
     "run": "pipeline",
+    "write_report": "report",
 }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks
-from torchrec_pt.evaluate import Scorer
+from torchrec_pt.scoring import Scorer
 
 
 def popularity(item_counts: Tensor, ranks: Ranks) -> Scorer:

@@ -1,4 +1,4 @@
-"""Models from a configuration: new for training, or filled from a checkpoint for use."""
+"""From a configuration and a dataset to modules: objectives, tasks, a backbone, a learner."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
 from torchrec_pt import checkpoint
-from torchrec_pt.config import ModelConfig, PretrainConfig, RunConfig, TrainConfig
+from torchrec_pt.config import ModelConfig, RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.entity_features import load_entity_features
 from torchrec_pt.distributed import Ranks
 from torchrec_pt.learner import Learner
+from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.transformer import Transformer
+from torchrec_pt.models.two_tower import TwoTower
 from torchrec_pt.objectives.contrastive import ContrastiveObjective
 from torchrec_pt.objectives.masked_item import MaskedItemObjective
 from torchrec_pt.objectives.next_item import NextItemObjective
 from torchrec_pt.sharding import Placement, fill_item_table, settle_placement, shard
+from torchrec_pt.tasks.ctr import CtrTask
+from torchrec_pt.tasks.pairs import PairTask
+from torchrec_pt.tasks.ranking import RankingTask
+from torchrec_pt.tasks.rating import RatingTask
 
 
 @dataclass(frozen=True)
@@ -31,34 +38,64 @@ class Built:
     placement: Placement
 
 
-def build_objectives(
-    pretrain: PretrainConfig, model: ModelConfig, dataset: PreparedDataset
-) -> list[nn.Module]:
-    """The configured objectives.
+def build_objectives(config: RunConfig, dataset: PreparedDataset) -> list[nn.Module]:
+    """The configured pretraining objectives.
 
     Raises:
-        ValueError: an objective that the backbone cannot serve.
+        ValueError: none configured, or one that the backbone cannot serve.
     """
+    if config.pretrain is None:
+        raise ValueError("pretrain: the configuration has no [pretrain] section; add one")
     objectives: list[nn.Module] = []
-    for config in pretrain.objectives:
-        if config.name == "masked_item":
-            objectives.append(MaskedItemObjective(config, model))
-        elif config.name == "next_item":
-            objectives.append(NextItemObjective(config, model))
+    for objective in config.pretrain.objectives:
+        if objective.name == "masked_item":
+            objectives.append(MaskedItemObjective(objective, config.model))
+        elif objective.name == "next_item":
+            objectives.append(NextItemObjective(objective, config.model))
         else:
-            objectives.append(ContrastiveObjective(config, model, dataset.item_counts))
+            objectives.append(ContrastiveObjective(objective, config.model, dataset.item_counts))
     return objectives
+
+
+def build_task(config: RunConfig, name: str, dataset: PreparedDataset) -> RankingTask | PairTask:
+    """A configured task, its head with initial values from the run's seed.
+
+    Raises:
+        ValueError: data that the task cannot use.
+    """
+    torch.manual_seed(config.seed)
+    finetune = config.finetune
+    if name == "ctr":
+        assert finetune.ctr is not None
+        return CtrTask(finetune.ctr, config.model, dataset)
+    if name == "rating":
+        assert finetune.rating is not None
+        return RatingTask(finetune.rating, config.model, dataset)
+    assert finetune.ranking is not None
+    return RankingTask(finetune.ranking, config.model, dataset.num_items)
+
+
+def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:
+    """The configured backbone, initial values from torch's generator; the item table is empty."""
+    if model.backbone == "transformer":
+        return Transformer(model, dataset.num_items)
+    return TwoTower(
+        model,
+        dataset.num_items,
+        load_entity_features(dataset, "user"),
+        load_entity_features(dataset, "item"),
+    )
 
 
 def build_learner(
     config: RunConfig,
     train: TrainConfig,
     objectives: Sequence[nn.Module],
-    num_items: int,
+    dataset: PreparedDataset,
     ranks: Ranks,
 ) -> Built:
     """A learner with initial values from the run's seed, placed on the ranks."""
-    built = _build_unfilled(config, train, objectives, num_items, ranks)
+    built = _build_unfilled(config, train, objectives, dataset, ranks)
     fill_item_table(built.model, config.seed)
     return built
 
@@ -67,22 +104,34 @@ def _build_unfilled(
     config: RunConfig,
     train: TrainConfig,
     objectives: Sequence[nn.Module],
-    num_items: int,
+    dataset: PreparedDataset,
     ranks: Ranks,
 ) -> Built:
     """The same, but for the item table, which holds nothing yet."""
     table = config.model.item_table
-    placement = settle_placement(table, num_items, config.model.dim)
+    placement = settle_placement(table, dataset.num_items, config.model.dim)
     torch.manual_seed(config.seed)
-    backbone = Transformer(config.model, num_items)
+    backbone = build_backbone(config.model, dataset)
     learner = Learner(backbone, objectives, placement, ranks)
     model = shard(learner, placement, table, train, ranks)
     return Built(learner, model, placement)
 
 
-def load_backbone(config: RunConfig, path: Path, num_items: int, ranks: Ranks) -> Transformer:
-    """The backbone of a checkpoint, for evaluation, export and serving; all ranks call it."""
-    built = _build_unfilled(config, TrainConfig(), [], num_items, ranks)
+def load_learner(
+    config: RunConfig,
+    path: Path,
+    dataset: PreparedDataset,
+    ranks: Ranks,
+    objectives: Sequence[nn.Module] = (),
+) -> Learner:
+    """The backbone of a checkpoint, and the task that was trained with it where one is given.
+
+    For evaluation, export and serving; all ranks call it.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, or one of another model.
+    """
+    built = _build_unfilled(config, TrainConfig(), objectives, dataset, ranks)
     checkpoint.load(path, {f"model.{n}": v for n, v in built.model.state_dict().items()})
     built.model.eval()
-    return built.learner.backbone
+    return built.learner

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from torchrec_pt.config import RunConfig, load_config
+from torchrec_pt.config import RunConfig
+from torchrec_pt.config_file import load_config
 
 app = typer.Typer(
     add_completion=False,
@@ -40,7 +41,7 @@ def options(
 
 @app.command()
 def run(config: Config, set_: Set = None) -> None:
-    """Every stage: prepare, pretrain, finetune, evaluate, export, recommend."""
+    """Every stage: prepare, pretrain, finetune, evaluate, export, recommend, report."""
     from torchrec_pt import pipeline, tables
 
     settings = load_config(config, set_ or ())
@@ -64,13 +65,13 @@ def pretrain(config: Config, set_: Set = None) -> None:
 
 @app.command()
 def finetune(config: Config, set_: Set = None) -> None:
-    """Fine-tune the pretrained model, and its from-scratch control."""
+    """Fine-tune the pretrained model for each task, and its from-scratch control."""
     _stage("finetune", config, set_)
 
 
 @app.command()
 def evaluate(config: Config, set_: Set = None) -> None:
-    """Rank the test items over the full catalogue."""
+    """Test every model of the run on every task."""
     from torchrec_pt import tables
 
     result = _stage("evaluate", config, set_)
@@ -80,8 +81,14 @@ def evaluate(config: Config, set_: Set = None) -> None:
 
 @app.command()
 def export(config: Config, set_: Set = None) -> None:
-    """Item and user embeddings to Parquet."""
+    """Item and user embeddings to Parquet or NumPy files."""
     _stage("export_run", config, set_)
+
+
+@app.command()
+def report(config: Config, set_: Set = None) -> None:
+    """The run so far as one HTML page: curves, metrics, what pretraining gave."""
+    _stage("report_run", config, set_)
 
 
 @app.command()

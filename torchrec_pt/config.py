@@ -1,4 +1,4 @@
-"""Every configuration type of a run, and the TOML loader.
+"""Every configuration type of a run.
 
 A run is one TOML file. Each section below is a frozen pydantic model that
 forbids unknown keys, so a misspelt key is an error that names its neighbour.
@@ -8,23 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from torchrec_pt.config_errors import explain
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-
-class ConfigError(ValueError):
-    """A configuration the user can mend; the message is one line."""
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -145,22 +132,48 @@ class TableConfig(Section):
     replicated_max_mb: float = Field(256, gt=0, description="`auto` replicates below this")
 
 
-class ModelConfig(Section):
-    backbone: Literal["transformer"] = "transformer"
+class BackboneConfig(Section):
+    """What every backbone shares."""
+
     dim: int = Field(64, ge=8, multiple_of=8)
-    num_layers: int = Field(2, ge=1)
-    num_heads: int = Field(2, ge=1)
-    ffn_dim: int | None = Field(None, ge=1, description="default: 4 × dim")
     max_length: int = Field(50, ge=2, description="newest items of a history that are read")
-    attention: Literal["causal", "bidirectional"] = "bidirectional"
     dropout: float = Field(0.2, ge=0, le=0.99)
     item_table: TableConfig = TableConfig()
 
+
+class TransformerConfig(BackboneConfig):
+    """Self-attention over the history: causal as SASRec, bidirectional as BERT4Rec."""
+
+    backbone: Literal["transformer"] = "transformer"
+    num_layers: int = Field(2, ge=1)
+    num_heads: int = Field(2, ge=1)
+    ffn_dim: int | None = Field(None, ge=1, description="default: 4 × dim")
+    attention: Literal["causal", "bidirectional"] = "bidirectional"
+
     @model_validator(mode="after")
-    def _heads_divide(self) -> ModelConfig:
+    def _heads_divide(self) -> TransformerConfig:
         if self.dim % self.num_heads:
             raise ValueError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads})")
         return self
+
+    @property
+    def history_length(self) -> int:
+        """Items of a history that a user's vector reads; a bidirectional model appends [MASK]."""
+        return self.max_length if self.attention == "causal" else self.max_length - 1
+
+
+class TwoTowerConfig(BackboneConfig):
+    """A tower for users (pooled history, features) and one for items (row, features)."""
+
+    backbone: Literal["two_tower"]
+    hidden_dims: tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...] = (128,)
+
+    @property
+    def history_length(self) -> int:
+        return self.max_length
+
+
+ModelConfig = TransformerConfig | TwoTowerConfig
 
 
 # --- objectives and tasks -----------------------------------------------------------------------
@@ -228,28 +241,68 @@ class PretrainConfig(TrainConfig):
         return self
 
 
-class RankingConfig(TrainConfig):
+class TaskConfig(TrainConfig):
+    """What every fine-tuning task shares."""
+
+    control: Literal["scratch"] | None = Field(
+        None, description='"scratch": train the same model without the pretrained weights, too'
+    )
+
+
+class RankingConfig(TaskConfig):
     """Next-item ranking. `softmax` is listwise over the catalogue, `bpr` pairwise."""
 
     loss: Literal["softmax", "bpr"] = "softmax"
     temperature: float = Field(1.0, gt=0)
     targets_per_user: int = Field(1, ge=1, description="history cuts of a user in one step")
     num_negatives: int = Field(16, ge=1, description="bpr: sampled negatives of a target")
-    control: Literal["scratch"] | None = None
+
+
+class PairConfig(TaskConfig):
+    """A number for a user and an item: what ctr and rating share."""
+
+    cuts_per_user: int = Field(1, ge=1, description="history cuts of a user in one step")
+    targets_per_cut: int = Field(8, ge=1, description="items after a cut that are predicted")
+    hidden_dims: tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...] = (128, 64)
+    dropout: float = Field(0.2, ge=0, le=0.99)
+    shrinkage: float = Field(
+        10.0, ge=0, description="interactions that pull the mean of an item or user to 0"
+    )
+
+
+class CtrConfig(PairConfig):
+    """Click-through rate: the label column, or ratings from `positive_rating` on, as clicks."""
+
+    positive_rating: float | None = None
+
+
+class RatingConfig(PairConfig):
+    """The rating that a user gives an item, by least squares."""
 
 
 class FinetuneConfig(Section):
+    ctr: CtrConfig | None = None
     ranking: RankingConfig | None = None
+    rating: RatingConfig | None = None
+
+    @property
+    def tasks(self) -> dict[str, TaskConfig]:
+        """The configured tasks by name."""
+        every = {"ctr": self.ctr, "ranking": self.ranking, "rating": self.rating}
+        return {name: task for name, task in every.items() if task is not None}
 
 
 class EvaluateConfig(Section):
     ks: tuple[Annotated[int, Field(ge=1)], ...] = Field((5, 10, 20), min_length=1)
     batch_size: int = Field(256, ge=1)
-    baselines: tuple[Literal["popularity", "item_knn"], ...] = ()
+    baselines: tuple[Literal["popularity", "item_knn", "biases"], ...] = Field(
+        (), description="popularity and item_knn rank; biases predict clicks and ratings"
+    )
 
 
 class ExportConfig(Section):
     what: tuple[Literal["items", "users"], ...] = ("items", "users")
+    formats: tuple[Literal["parquet", "npy"], ...] = Field(("parquet",), min_length=1)
 
 
 class ShowConfig(Section):
@@ -266,63 +319,18 @@ class RunConfig(Section):
     run_dir: Path
     seed: int = Field(0, ge=0, lt=2**32)
     data: DataConfig
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = Field(TransformerConfig(), discriminator="backbone")
     pretrain: PretrainConfig | None = None
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     show: ShowConfig = ShowConfig()
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _is_a_transformer_unless_said(cls, value: Any) -> Any:
+        return {"backbone": "transformer", **value} if isinstance(value, dict) else value
+
     @property
     def prepared_dir(self) -> Path:
         return self.data.prepared or self.run_dir / "prepared"
-
-
-# --- loading ------------------------------------------------------------------------------------
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a TOML file and apply `a.b=value` overrides (values in TOML, bare words as strings).
-
-    Relative paths are taken from the current directory.
-
-    Raises:
-        ConfigError: unreadable file, bad TOML, unknown key, bad value or bad override.
-    """
-    path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides:
-        _apply_override(raw, override)
-    try:
-        return RunConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, RunConfig)}") from None
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f'--set {override}: want key.path=value, such as "pretrain.epochs=3"')
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    node: Any = raw
-    for depth, key in enumerate(keys):
-        step: Any = key
-        if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
-                raise ConfigError(f'--set {override}: "{key}" is no index of a list of {len(node)}')
-            step = int(key)
-        elif not isinstance(node, dict):
-            raise ConfigError(f'--set {override}: "{keys[depth - 1]}" has no keys below it')
-        if depth == len(keys) - 1:
-            node[step] = value
-        else:
-            node = node[step] if isinstance(node, list) else node.setdefault(key, {})

@@ -1,27 +1,23 @@
-"""Full-catalogue ranking: the rank of each held-out item among everything else.
+"""What held-out interactions say: ranks over the full catalogue, predictions of pairs.
 
 Users come in blocks, and each rank scores a block against its own range of the
-catalogue; only counts and a few best items travel. Nothing of users × items is held.
+catalogue; only counts travel. Nothing of users × items is held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from torchrec_pt.data.batch import lookup_ids
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, gather_rows, sum_over_ranks
-from torchrec_pt.models.transformer import Transformer
-
-# (users (B,) int64) -> (B, N_r) float32 scores of the items in this rank's range
-Scorer = Callable[[Tensor], Tensor]
+from torchrec_pt.learner import Learner
+from torchrec_pt.scoring import Scorer, embed, hide
+from torchrec_pt.tasks.pairs import Asked, PairTask
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def rank_targets(
         own = scores.new_zeros(len(row))
         own[is_held] = scores[row[is_held], item[is_held]]
         own = sum_over_ranks(own)
-        _hide(scores, seen, begin)
+        hide(scores, seen, begin)
         scores[row[is_held], item[is_held]] = own[is_held]  # a target is a candidate though seen
         # Targets of long rows are taken in pieces of about the block's size.
         ahead = [
@@ -101,69 +97,28 @@ def _count_ahead(scores: Tensor, own: Tensor, item: Tensor) -> Tensor:
     return ((scores > own) | is_tied_before).sum(1)
 
 
-def _hide(scores: Tensor, seen: Jagged, begin: int) -> None:
-    item = seen.values - begin
-    is_held = (item >= 0) & (item < scores.shape[1])
-    scores[seen.rows[is_held], item[is_held]] = -torch.inf
-
-
-class ModelScorer:
-    """Scores a block of users against this rank's range of the catalogue.
-
-    Args:
-        history: what each user took before, the rows of all users.
-    """
-
-    def __init__(self, backbone: Transformer, history: Jagged, ranks: Ranks) -> None:
-        self.users = UserEncoder(backbone, history, ranks)
-        begin, end = ranks.part_of(backbone.items.num_items)
-        with torch.no_grad():
-            self.keys = backbone.encode_items(backbone.items.rows(begin, end))
-
-    def __call__(self, users: Tensor) -> Tensor:
-        return self.users(users) @ self.keys.T
-
-
-class UserEncoder:
-    """(B,) users -> (B, D) vectors on every rank; each rank encodes its part of the block."""
-
-    def __init__(self, backbone: Transformer, history: Jagged, ranks: Ranks) -> None:
-        self.backbone = backbone
-        self.history = history
-        self.ranks = ranks
-
-    @torch.no_grad()
-    def __call__(self, users: Tensor) -> Tensor:
-        begin, end = self.ranks.part_of(len(users))
-        history = self.history.select(users[begin:end]).to(self.ranks.device)
-        return gather_rows(encode_histories(self.backbone, history))
-
-
 @torch.no_grad()
-def encode_histories(backbone: Transformer, history: Jagged) -> Tensor:
-    """(R, D) user vectors from R rows of item ids, of which the newest are read."""
-    history = history.tail(backbone.history_length)
-    vectors = backbone.items(lookup_ids(history.values))
-    return backbone.encode_users(history.with_values(vectors))
+def predict_pairs(
+    learner: Learner, task: PairTask, asked: Asked, ranks: Ranks, batch_size: int
+) -> Tensor:
+    """(P,) float32 predictions of every asked target, in order, on every rank.
 
+    Each rank predicts its part of a block; all call it with the same `asked`.
 
-def top_items(
-    scores: Tensor, seen: Jagged | None, k: int, num_items: int, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
-    """The k best items of each user that are not in their row of `seen`.
-
-    Args:
-        scores: (B, N_r) of the items in this rank's range; those of seen items are overwritten.
-    Returns:
-        ids (B, k) int64 and scores (B, k) float32, best first; −inf where candidates ran out.
+    Raises:
+        ValueError: predictions that are not finite.
     """
-    begin, _ = ranks.part_of(num_items)
-    if seen is not None:
-        _hide(scores, seen.to(scores.device), begin)
-    best = scores.topk(min(k, scores.shape[1]), dim=1)
-    if dist.get_world_size() == 1:
-        return best.indices, best.values
-    ids = gather_rows((best.indices + begin).T.contiguous()).T
-    values = gather_rows(best.values.T.contiguous()).T
-    merged = values.topk(min(k, values.shape[1]), dim=1)
-    return ids.gather(1, merged.indices), merged.values
+    found: list[Tensor] = []
+    for block in torch.arange(len(asked.users)).split(batch_size):
+        begin, end = ranks.part_of(len(block))
+        mine = asked.select(block[begin:end])
+        found.append(gather_rows(_predict(learner, task, mine, ranks)).cpu())
+    predictions = torch.cat(found)
+    if not bool(torch.isfinite(predictions).all()):
+        raise ValueError("evaluate: the model's predictions are not finite; train it again")
+    return predictions
+
+
+def _predict(learner: Learner, task: PairTask, asked: Asked, ranks: Ranks) -> Tensor:
+    drawn = embed(learner.backbone.items, task.draw_asked(asked), ranks.device)
+    return task.predict(learner.backbone, drawn, asked.users.to(ranks.device))

@@ -1,10 +1,12 @@
-"""Embeddings with the users' own ids, streamed to Parquet block by block."""
+"""Embeddings with the users' own ids, streamed to Parquet or NumPy files block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,54 +14,101 @@ import torch
 from torch import Tensor
 
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.distributed import Ranks, gather_rows
-from torchrec_pt.evaluate import UserEncoder
-from torchrec_pt.models.transformer import Transformer
+from torchrec_pt.distributed import Ranks, gather_rows, joined_ranks
+from torchrec_pt.models.backbone import Backbone
+from torchrec_pt.recommender import load_served
+from torchrec_pt.scoring import UserEncoder, encode_item_range
 
 BLOCK_ROWS = 8192
 
 
-def item_vectors(backbone: Transformer, ranks: Ranks) -> Iterator[Tensor]:
+def export_embeddings(
+    run_dir: str | Path,
+    what: Literal["items", "users"],
+    *,
+    format: Literal["parquet", "npy"] = "parquet",
+    out: str | Path | None = None,
+) -> Path:
+    """Write the embeddings of a finished run, in the order of dense ids; all ranks call it.
+
+    parquet: one file with the columns `id` (external) and `embedding` (list of dim float32).
+    npy: (N, dim) float32 in <what>.npy, and beside it <what>_ids.npy, (N,) int64 or unicode,
+    row for row. Users' vectors are those after their whole history. Files appear whole or not
+    at all.
+
+    Args:
+        out: a folder; default <run_dir>/export.
+    Returns:
+        The file with the embeddings.
+    Raises:
+        ValueError: no finished run there.
+    """
+    folder = Path(out) if out is not None else Path(run_dir) / "export"
+    path = folder / f"{what}.{format}"
+    with joined_ranks() as ranks:
+        dataset, backbone = load_served(Path(run_dir), ranks)
+        if what == "items":
+            ids, blocks = dataset.items["external_id"], _item_vectors(backbone, ranks)
+        else:
+            ids, blocks = dataset.users["external_id"], _user_vectors(backbone, dataset, ranks)
+        if not ranks.is_first:
+            for _ in blocks:  # made by all ranks together, written by the first
+                pass
+            return path
+        folder.mkdir(parents=True, exist_ok=True)
+        write = _write_parquet if format == "parquet" else _write_npy
+        write(path, ids, blocks, backbone.dim)
+    return path
+
+
+def _item_vectors(backbone: Backbone, ranks: Ranks) -> Iterator[Tensor]:
     """Blocks of item vectors in the order of dense ids, on every rank."""
     for begin in range(0, backbone.items.num_items, BLOCK_ROWS):
         end = min(begin + BLOCK_ROWS, backbone.items.num_items)
         first, last = ranks.part_of(end - begin)
-        with torch.no_grad():
-            rows = backbone.items.rows(begin + first, begin + last)
-            yield gather_rows(backbone.encode_items(rows))
+        yield gather_rows(encode_item_range(backbone, begin + first, begin + last))
 
 
-def user_vectors(backbone: Transformer, dataset: PreparedDataset, ranks: Ranks) -> Iterator[Tensor]:
+def _user_vectors(backbone: Backbone, dataset: PreparedDataset, ranks: Ranks) -> Iterator[Tensor]:
     """Blocks of user vectors in the order of dense ids, each from the user's whole history."""
     encode = UserEncoder(backbone, dataset.history("test"), ranks)
     for users in torch.arange(dataset.num_users).split(BLOCK_ROWS):
         yield encode(users)
 
 
-def write_embeddings(
-    path: Path, external_ids: pl.Series, blocks: Iterator[Tensor], dim: int, ranks: Ranks
-) -> None:
-    """Columns `id` (external) and `embedding` (list of dim float32), written aside and renamed.
-
-    All ranks call it and make the blocks together; the first one writes.
-    """
-    ids = external_ids.to_arrow()
-    schema = pa.schema([("id", ids.type), ("embedding", pa.list_(pa.float32(), dim))])
+def _write_parquet(path: Path, ids: pl.Series, blocks: Iterable[Tensor], dim: int) -> None:
+    column = ids.to_arrow()
+    schema = pa.schema([("id", column.type), ("embedding", pa.list_(pa.float32(), dim))])
     partial = path.with_name(f".{path.name}.partial")
-    if not ranks.is_first:
-        for _ in blocks:
-            pass
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with pq.ParquetWriter(partial, schema) as writer:
             begin = 0
             for block in blocks:
                 values = pa.array(block.cpu().flatten().numpy())
                 vectors = pa.FixedSizeListArray.from_arrays(values, dim)
-                part = ids.slice(begin, len(block))
+                part = column.slice(begin, len(block))
                 writer.write_table(pa.table([part, vectors], schema=schema))
                 begin += len(block)
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _write_npy(path: Path, ids: pl.Series, blocks: Iterable[Tensor], dim: int) -> None:
+    ids_path = path.with_name(f"{path.stem}_ids.npy")
+    partials = {file: path.with_name(f".{file.name}.partial") for file in (ids_path, path)}
+    try:
+        with partials[ids_path].open("wb") as file:
+            external = ids.to_numpy()
+            np.save(file, external if ids.dtype == pl.Int64 else external.astype(np.str_))
+        with partials[path].open("wb") as file:
+            np.lib.format.write_array_header_2_0(
+                file, {"descr": "<f4", "fortran_order": False, "shape": (len(ids), dim)}
+            )
+            for block in blocks:
+                file.write(block.cpu().numpy().astype("<f4", copy=False).tobytes())
+        for final, partial in partials.items():
+            partial.rename(final)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)

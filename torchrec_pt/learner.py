@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from torchrec_pt.data.batch import Batch, Rows, assemble
 from torchrec_pt.distributed import Ranks, sum_over_ranks
+from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
-from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.loss_term import LossTerm, Objective
 from torchrec_pt.sharding import Placement
 
@@ -31,7 +31,7 @@ class StepLoss(NamedTuple):
 class Learner(nn.Module):
     def __init__(
         self,
-        backbone: Transformer,
+        backbone: Backbone,
         objectives: Sequence[nn.Module],
         placement: Placement,
         ranks: Ranks,
@@ -63,7 +63,7 @@ class Learner(nn.Module):
         terms: list[LossTerm] = []
         for objective in self._objectives():
             drawn = batch.split(vectors, objective.name)
-            terms.append(objective.loss(self.backbone, drawn, batch.noise, batch.weight, catalogue))
+            terms.append(objective.loss(self.backbone, drawn, batch.keys, catalogue))
         totals = torch.stack([term.total for term in terms])
         weights = torch.stack([term.weight for term in terms])
         sums = sum_over_ranks(torch.stack([totals, weights]))
@@ -77,4 +77,6 @@ class Learner(nn.Module):
             first = self._catalogue_range[0]
         else:
             rows, first = self.backbone.items.weight, 0
-        return Catalogue(self.backbone.encode_items(rows), first, self._looks_up_catalogue)
+        ids = torch.arange(first, first + len(rows), device=rows.device)
+        keys = self.backbone.encode_items(ids, rows)
+        return Catalogue(keys, first, self._looks_up_catalogue)

@@ -6,62 +6,24 @@ there, made from the same configuration and inputs, are not done again.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import polars as pl
 import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor, nn
 
-from torchrec_pt import baselines, export
-from torchrec_pt.build import build_learner, build_objectives, load_backbone
-from torchrec_pt.config import RunConfig, TrainConfig
+from torchrec_pt.build import build_objectives, build_task
+from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.data.prepare import prepare as prepare_dataset
-from torchrec_pt.distributed import Ranks, gather_objects, joined_ranks
-from torchrec_pt.evaluate import ModelScorer, Scorer, held_out, rank_targets
+from torchrec_pt.distributed import gather_objects, joined_ranks
+from torchrec_pt.evaluation import TaskEvaluation, evaluate_pairs, evaluate_ranking
+from torchrec_pt.export import export_embeddings
 from torchrec_pt.files import write_json
-from torchrec_pt.metrics import paired_difference, ranking_metrics
-from torchrec_pt.optim import Optimizers
 from torchrec_pt.recommender import Recommendation, Recommender
-from torchrec_pt.runs import StageResult, load_result
-from torchrec_pt.tasks.ranking import RankingTask
-from torchrec_pt.train import MONITOR, Trainer
-from torchrec_pt.transfer import load_pretrained
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a stage works with: the run's settings, this process among its peers, and a screen.
-
-    Attributes:
-        console: None on every rank but the first.
-    """
-
-    config: RunConfig
-    ranks: Ranks
-    console: Console | None
-
-    def say(self, text: str) -> None:
-        if self.console is not None:
-            self.console.print(text, highlight=False)
-
-
-@contextmanager
-def _stage(config: RunConfig, console: Console | None) -> Iterator[Stage]:
-    with joined_ranks() as ranks:
-        if ranks.is_first:
-            write_json(config.run_dir / "config.json", config.model_dump(mode="json"))
-        yield Stage(config, ranks, console if ranks.is_first else None)
-
-
-# --- prepare ------------------------------------------------------------------------------------
+from torchrec_pt.runs import StageResult
+from torchrec_pt.stages import entered, finished_stages, train_stage
 
 
 def prepare(config: RunConfig, console: Console | None = None) -> PreparedDataset:
@@ -70,7 +32,7 @@ def prepare(config: RunConfig, console: Console | None = None) -> PreparedDatase
     Raises:
         DataError: raw data that cannot be used.
     """
-    with _stage(config, console) as stage:
+    with entered(config, console) as stage:
         failure: Exception | None = None
         if stage.ranks.is_first:
             try:
@@ -89,9 +51,6 @@ def prepare(config: RunConfig, console: Console | None = None) -> PreparedDatase
         return dataset
 
 
-# --- training -----------------------------------------------------------------------------------
-
-
 def pretrain(config: RunConfig, console: Console | None = None) -> StageResult:
     """Self-supervised pretraining; validated by ranking the next item without fine-tuning.
 
@@ -99,221 +58,99 @@ def pretrain(config: RunConfig, console: Console | None = None) -> StageResult:
         ValueError: no [pretrain] section, or an objective that does not fit the model.
         TrainingError: the loss became NaN or infinite.
     """
-    if config.pretrain is None:
-        raise ValueError("pretrain: the configuration has no [pretrain] section; add one")
-    with _stage(config, console) as stage:
+    with entered(config, console) as stage:
         dataset = PreparedDataset.load(config.prepared_dir)
-        objectives = build_objectives(config.pretrain, config.model, dataset)
-        return _train(
+        objectives = build_objectives(config, dataset)
+        assert config.pretrain is not None
+        return train_stage(
             stage,
             dataset,
             name="pretrain",
-            folder=config.run_dir / "pretrain",
+            folder="pretrain",
             train=config.pretrain,
             objectives=objectives,
             start_from=None,
         )
 
 
-def finetune(config: RunConfig, console: Console | None = None) -> dict[str, StageResult]:
-    """Fine-tune for ranking: "pretrained", and "scratch" where the control is asked for.
+def finetune(
+    config: RunConfig, console: Console | None = None
+) -> dict[str, dict[str, StageResult]]:
+    """Fine-tune for every configured task: task -> "pretrained", and "scratch" where asked for.
 
     Raises:
-        ValueError: no task configured, or nothing pretrained to start from.
+        ValueError: no task configured, data that one cannot use, or nothing pretrained.
         TrainingError: the loss became NaN or infinite.
     """
-    ranking = config.finetune.ranking
-    if ranking is None:
-        raise ValueError("finetune: no task is configured; add [finetune.ranking]")
-    with _stage(config, console) as stage:
+    if not config.finetune.tasks:
+        raise ValueError(
+            "finetune: no task is configured; add [finetune.ctr], [finetune.ranking] or "
+            "[finetune.rating]"
+        )
+    with entered(config, console) as stage:
         dataset = PreparedDataset.load(config.prepared_dir)
-        pretrained = _finished(config, dataset, "pretrain")
+        pretrained = finished_stages(config, dataset).get("pretrain")
         if pretrained is None:
             raise ValueError(
                 f"finetune: {config.run_dir / 'pretrain'} holds no finished pretraining of this "
                 "configuration and data; run the pretrain stage first"
             )
-        arms: dict[str, StageResult | None] = {"pretrained": pretrained}
-        if ranking.control == "scratch":
-            arms["scratch"] = None
-        return {
-            arm: _train(
-                stage,
-                dataset,
-                name=f"ranking ({arm})",
-                folder=config.run_dir / "finetune/ranking" / arm,
-                train=ranking,
-                objectives=[RankingTask(ranking, config.model, dataset.num_items)],
-                start_from=start,
-            )
-            for arm, start in arms.items()
-        }
+        results: dict[str, dict[str, StageResult]] = {}
+        for task, train in config.finetune.tasks.items():
+            arms: dict[str, StageResult | None] = {"pretrained": pretrained}
+            if train.control == "scratch":
+                arms["scratch"] = None
+            results[task] = {
+                arm: train_stage(
+                    stage,
+                    dataset,
+                    name=f"{task} ({arm})",
+                    folder=f"finetune/{task}/{arm}",
+                    train=train,
+                    objectives=[build_task(config, task, dataset)],
+                    start_from=start,
+                )
+                for arm, start in arms.items()
+            }
+        return results
 
 
-def _train(
-    stage: Stage,
-    dataset: PreparedDataset,
-    *,
-    name: str,
-    folder: Path,
-    train: TrainConfig,
-    objectives: Sequence[nn.Module],
-    start_from: StageResult | None,
-) -> StageResult:
-    """One training stage from its initial values, or from those of an earlier stage."""
-    config, ranks = stage.config, stage.ranks
-    start = start_from.fingerprint if start_from is not None else None
-    fingerprint = _fingerprint(config, dataset, train, start)
-    finished = load_result(folder)
-    if finished is not None and finished.fingerprint == fingerprint:
-        stage.say(f"{name}: done before; valid {MONITOR} {finished.metrics[MONITOR]:.4f}")
-        return finished
-
-    started_at = time.monotonic()
-    built = build_learner(config, train, objectives, dataset.num_items, ranks)
-    if start_from is not None:
-        stage.say(f"{name}: {load_pretrained(start_from.checkpoint, built.model)}")
-    history = dataset.history("train")
-    loader = HistoryLoader(
-        history,
-        batch_size=train.batch_size,
-        max_length=config.model.max_length,
-        seed=config.seed,
-        ranks=ranks,
-    )
-    optimizers = Optimizers(
-        built.model, train, built.placement, train.epochs * loader.steps_per_epoch
-    )
-    trainer = Trainer(
-        built.model,
-        built.learner,
-        optimizers,
-        loader,
-        train,
-        name=name,
-        folder=folder,
-        fingerprint=fingerprint,
-        ranks=ranks,
-        console=stage.console,
-    )
-    asked = held_out(dataset, "valid")
-    if not len(asked.users):
-        raise ValueError(f"{name}: no user has a validation interaction; change data.split")
-
-    def validate() -> dict[str, float]:
-        scorer = ModelScorer(built.learner.backbone, history, ranks)
-        found = rank_targets(scorer, asked, dataset.num_items, ranks, config.evaluate.batch_size)
-        return {n: float(v.mean()) for n, v in ranking_metrics(found, (10,)).items()}
-
-    position = trainer.run(validate)
-    result = StageResult(
-        folder,
-        fingerprint,
-        {
-            "checkpoint": str(trainer.best_checkpoint.relative_to(folder)),
-            "metrics": position.best["metrics"],
-            "curve": position.curve,
-            "seconds": time.monotonic() - started_at,
-        },
-    )
-    return _saved_by_first(result, ranks)
-
-
-# --- evaluate -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Attributes:
-    metrics: one row a model: name -> metric -> mean over users.
-    control: metric -> (pretrained − scratch, half-width of its 95 % interval).
-    """
-
-    metrics: dict[str, dict[str, float]]
-    control: dict[str, tuple[float, float]]
+# Task -> what its models reached on the test split
+Evaluation = dict[str, TaskEvaluation]
 
 
 def evaluate(config: RunConfig, console: Console | None = None) -> Evaluation:
-    """Rank every test item over the full catalogue, by each trained model and each baseline."""
-    with _stage(config, console) as stage:
+    """Test every model of the run. Ranking is always judged, of the pretrained model at least.
+
+    Raises:
+        ValueError: no test interactions.
+    """
+    with entered(config, console) as stage:
         dataset = PreparedDataset.load(config.prepared_dir)
-        asked = held_out(dataset, "test")
-        if not len(asked.users):
-            raise ValueError("evaluate: no user has a test interaction; change data.split")
-        per_user: dict[str, dict[str, Tensor]] = {}
-        for name, scorer in _scorers(stage, dataset):
-            found = rank_targets(
-                scorer, asked, dataset.num_items, stage.ranks, config.evaluate.batch_size
-            )
-            per_user[name] = ranking_metrics(found, config.evaluate.ks)
-        metrics = {
-            name: {metric: float(values.mean()) for metric, values in each.items()}
-            for name, each in per_user.items()
-        }
-        control = {}
-        if {"fine-tuned", "scratch"} <= per_user.keys():
-            control = {
-                metric: paired_difference(values, per_user["scratch"][metric])
-                for metric, values in per_user["fine-tuned"].items()
-            }
+        evaluation: Evaluation = {}
+        folder = config.run_dir / "evaluate"
+        for task in dict.fromkeys(["ranking", *config.finetune.tasks]):
+            if task == "ranking":
+                evaluation[task], detail = evaluate_ranking(stage, dataset)
+            else:
+                evaluation[task], detail = evaluate_pairs(stage, dataset, task)
+            if stage.ranks.is_first:
+                folder.mkdir(parents=True, exist_ok=True)
+                detail.write_parquet(folder / f"{task}.parquet")
         if stage.ranks.is_first:
-            folder = config.run_dir / "evaluate"
-            write_json(folder / "result.json", {"metrics": metrics, "control": control})
-            _write_per_user(folder / "users.parquet", dataset, asked.users, per_user)
-        return Evaluation(metrics, control)
+            write_json(folder / "result.json", {t: asdict(e) for t, e in evaluation.items()})
+        return evaluation
 
 
-def _scorers(stage: Stage, dataset: PreparedDataset) -> Iterator[tuple[str, Scorer]]:
-    config, ranks = stage.config, stage.ranks
-    history = dataset.history("valid")
-    if "popularity" in config.evaluate.baselines:
-        yield "popularity", baselines.popularity(dataset.item_counts, ranks)
-    if "item_knn" in config.evaluate.baselines:
-        train = dataset.history("train")
-        yield "item-kNN", baselines.item_knn(train, history, dataset.num_items, ranks)
-    for name, folder in {
-        "pretrained": "pretrain",
-        "scratch": "finetune/ranking/scratch",
-        "fine-tuned": "finetune/ranking/pretrained",
-    }.items():
-        result = _finished(config, dataset, folder)
-        if result is not None:
-            backbone = load_backbone(config, result.checkpoint, dataset.num_items, ranks)
-            yield name, ModelScorer(backbone, history, ranks)
-
-
-def _write_per_user(
-    path: Path, dataset: PreparedDataset, users: Tensor, per_user: dict[str, dict[str, Tensor]]
-) -> None:
-    columns = {
-        f"{name} {metric}": values.numpy()
-        for name, each in per_user.items()
-        for metric, values in each.items()
-    }
-    ids = dataset.users["external_id"][users.numpy()]
-    pl.DataFrame({"user": ids, **columns}).write_parquet(path)
-
-
-# --- export and show ----------------------------------------------------------------------------
-
-
-def export_run(config: RunConfig, console: Console | None = None) -> dict[str, Path]:
-    """Item and user embeddings of the served model to <run_dir>/export."""
-    with _stage(config, console) as stage:
-        recommender = Recommender.load(config.run_dir)
-        dataset, backbone = recommender.dataset, recommender.backbone
-        paths: dict[str, Path] = {}
+def export_run(config: RunConfig, console: Console | None = None) -> list[Path]:
+    """The embeddings that [export] names, of the served model, to <run_dir>/export."""
+    with entered(config, console) as stage:
+        paths: list[Path] = []
         for what in config.export.what:
-            path = config.run_dir / "export" / f"{what}.parquet"
-            table = dataset.items if what == "items" else dataset.users
-            blocks = (
-                export.item_vectors(backbone, stage.ranks)
-                if what == "items"
-                else export.user_vectors(backbone, dataset, stage.ranks)
-            )
-            export.write_embeddings(path, table["external_id"], blocks, backbone.dim, stage.ranks)
-            paths[what] = path
-            stage.say(f"export: {table.height:,} × {backbone.dim} {what} in {path}")
+            for format in config.export.formats:
+                path = export_embeddings(config.run_dir, what, format=format)
+                paths.append(path)
+                stage.say(f"export: {what} in {path}")
         return paths
 
 
@@ -327,13 +164,21 @@ def recommend(
         return known, recommender.recommend(known, k=k)
 
 
-# --- all of it ----------------------------------------------------------------------------------
+def report_run(config: RunConfig, console: Console | None = None) -> Path:
+    """What the run has so far, as <run_dir>/report.html."""
+    from torchrec_pt.report import write_report  # matplotlib takes its time
+
+    with entered(config, console) as stage:
+        path = config.run_dir / "report.html"
+        if stage.ranks.is_first:
+            stage.say(f"report: {write_report(config.run_dir)}")
+        return path
 
 
 @dataclass(frozen=True)
 class RunResult:
     evaluation: Evaluation
-    exported: dict[str, Path]
+    exported: list[Path]
     user: str
     recommendations: list[Recommendation]
     seconds: float
@@ -345,47 +190,11 @@ def run(config: RunConfig, console: Console | None = None) -> RunResult:
     with joined_ranks():
         prepare(config, console)
         pretrain(config, console)
-        if config.finetune.ranking is not None:
+        if config.finetune.tasks:
             finetune(config, console)
         evaluation = evaluate(config, console)
         exported = export_run(config, console)
         user, recommendations = recommend(config, config.show.user, config.show.k)
+        report_run(config, console)
         dist.barrier()
     return RunResult(evaluation, exported, user, recommendations, time.monotonic() - started_at)
-
-
-def _fingerprint(
-    config: RunConfig, dataset: PreparedDataset, train: TrainConfig, start: str | None
-) -> str:
-    """Names everything that a training stage's result depends on; `start`: where it starts from."""
-    parts = (
-        dataset.manifest.fingerprint,
-        config.model.digest(),
-        train.digest(),
-        config.seed,
-        start,
-    )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _finished(config: RunConfig, dataset: PreparedDataset, folder: str) -> StageResult | None:
-    """The result of a training stage, if it was made from this configuration and data."""
-    pretrain, ranking = config.pretrain, config.finetune.ranking
-    expected = {}
-    if pretrain is not None:
-        expected["pretrain"] = _fingerprint(config, dataset, pretrain, None)
-    if ranking is not None:
-        start = expected.get("pretrain")
-        expected["finetune/ranking/pretrained"] = _fingerprint(config, dataset, ranking, start)
-        expected["finetune/ranking/scratch"] = _fingerprint(config, dataset, ranking, None)
-    result = load_result(config.run_dir / folder)
-    if result is None or result.fingerprint != expected.get(folder):
-        return None
-    return result
-
-
-def _saved_by_first(result: StageResult, ranks: Ranks) -> StageResult:
-    if ranks.is_first:
-        result.save()
-    dist.barrier()
-    return result

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchrec_pt.build import load_backbone
+from torchrec_pt.build import load_learner
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, join_ranks
-from torchrec_pt.evaluate import ModelScorer, encode_histories, top_items
-from torchrec_pt.models.transformer import Transformer
+from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.runs import load_run
+from torchrec_pt.scoring import ModelScorer, encode_histories, top_items
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Recommender:
     Under several ranks all of them ask the same questions and get the same answers.
     """
 
-    def __init__(self, backbone: Transformer, dataset: PreparedDataset, ranks: Ranks) -> None:
+    def __init__(self, backbone: Backbone, dataset: PreparedDataset, ranks: Ranks) -> None:
         self.backbone = backbone
         self.dataset = dataset
         self.ranks = ranks
@@ -48,9 +48,7 @@ class Recommender:
             ValueError: no finished run there.
         """
         ranks = join_ranks()
-        run = load_run(Path(run_dir))
-        dataset = PreparedDataset.load(run.config.prepared_dir)
-        backbone = load_backbone(run.config, run.serving.checkpoint, dataset.num_items, ranks)
+        dataset, backbone = load_served(Path(run_dir), ranks)
         return cls(backbone, dataset, ranks)
 
     def recommend(
@@ -70,12 +68,17 @@ class Recommender:
         """
         if (user is None) == (history is None):
             raise ValueError("recommend: give either user or history")
+        known = -1
         if user is not None:
-            seen = self._history.select(torch.tensor([self.dataset.user_index(user)]))
+            known = self.dataset.user_index(user)
+            seen = self._history.select(torch.tensor([known]))
         else:
             ids = [self.dataset.item_index(item) for item in history or ()]
             seen = Jagged(torch.tensor(ids, dtype=torch.int64), torch.tensor([0, len(ids)]))
-        vector = encode_histories(self.backbone, seen.to(self.ranks.device))
+        device = self.ranks.device
+        vector = encode_histories(
+            self.backbone, torch.tensor([known], device=device), seen.to(device)
+        )
         ids_, scores = top_items(
             vector @ self._scorer.keys.T,
             seen if exclude_seen else None,
@@ -92,3 +95,15 @@ class Recommender:
             Recommendation(row.pop("external_id"), score, row)
             for row, score in zip(rows, scores[is_candidate].tolist(), strict=True)
         ]
+
+
+def load_served(run_dir: Path, ranks: Ranks) -> tuple[PreparedDataset, Backbone]:
+    """The data and the served model of a finished run; all ranks call it.
+
+    Raises:
+        ValueError: no finished run there.
+    """
+    run = load_run(run_dir)
+    dataset = PreparedDataset.load(run.config.prepared_dir)
+    learner = load_learner(run.config, run.serving.checkpoint, dataset, ranks)
+    return dataset, learner.backbone

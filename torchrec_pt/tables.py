@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from torchrec_pt.config import RunConfig
+from torchrec_pt.evaluation import TaskEvaluation
+from torchrec_pt.metrics import LOSSES
 from torchrec_pt.pipeline import Evaluation, RunResult
+
+# What the screen shows of each task; result.json and report.html hold the rest.
+SHOWN = {
+    "ranking": ("ndcg@10", "hr@10"),
+    "ctr": ("auc", "logloss"),
+    "rating": ("rmse", "mae"),
+}
+TRAINED = ("pretrained", "scratch", "fine-tuned")
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """One row a model, best value of a column in bold; then the paired control."""
-    names = next(iter(evaluation.metrics.values())).keys()
-    # With one test item a user, recall is the hit rate: shown once.
-    shown = [name for name in names if not name.startswith("recall")]
-    table = Table(title="Test items ranked over the full catalogue")
-    table.add_column("model")
-    for name in shown:
-        table.add_column(name.upper(), justify="right")
-    best = {name: max(row[name] for row in evaluation.metrics.values()) for name in shown}
-    for model, row in evaluation.metrics.items():
-        cells = [
-            f"[bold]{row[name]:.4f}[/bold]" if row[name] == best[name] else f"{row[name]:.4f}"
-            for name in shown
-        ]
-        table.add_row(model, *cells)
+    """One row a metric: the best baseline, the control, the pretrained model, what it gave."""
+    caption = "difference: pretrained − scratch, ± 95 % paired over users"
+    table = Table(title="On the test split", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("task", "metric"):
+        table.add_column(name, no_wrap=True)
+    for name in ("baseline", "scratch", "pretrained", "difference"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for task, result in evaluation.items():
+        known = next(iter(result.metrics.values()), {})
+        shown = [metric for metric in SHOWN[task] if metric in known] or list(known)
+        for metric in shown:
+            table.add_row(task, metric.upper(), *_cells(result, metric))
+        table.add_section()
     console.print(table)
-    for name, (mean, half_width) in evaluation.control.items():
-        if name.startswith("ndcg@10"):
-            console.print(
-                f"Pretraining changed {name.upper()} by {mean:+.4f} ± {half_width:.4f} "
-                "over the same model from scratch (paired over users, 95 %).",
-                highlight=False,
-            )
+
+
+def _cells(result: TaskEvaluation, metric: str) -> list[str]:
+    is_loss = metric in LOSSES
+    values = {model: metrics[metric] for model, metrics in result.metrics.items()}
+    baselines = {model: value for model, value in values.items() if model not in TRAINED}
+    best = sorted(baselines, key=baselines.__getitem__, reverse=not is_loss)[:1]
+    trained = values.get("fine-tuned", values.get("pretrained"))
+    difference, half_width = result.control.get(metric, (None, None))
+    return [
+        f"{best[0]} {values[best[0]]:.4f}" if best else "",
+        f"{values['scratch']:.4f}" if "scratch" in values else "",
+        f"{trained:.4f}" if trained is not None else "",
+        f"{difference:+.4f} ± {half_width:.4f}" if difference is not None else "",
+    ]
 
 
 def print_run(result: RunResult, config: RunConfig, console: Console) -> None:

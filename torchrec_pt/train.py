@@ -21,12 +21,12 @@ from torchrec_pt.data.batch import Rows
 from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks
 from torchrec_pt.learner import Learner, StepLoss
+from torchrec_pt.metrics import goodness
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.progress import StageProgress
 
-# A metric on the validation split; larger is better.
+# Metrics on the validation split
 Validate = Callable[[], dict[str, float]]
-MONITOR = "ndcg@10"
 
 
 class TrainingError(RuntimeError):
@@ -45,21 +45,13 @@ class Position:
     step: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def best(self) -> dict[str, Any]:
-        """The first entry of `curve` with the best monitored metric."""
-        return max(self.curve, key=lambda entry: entry["metrics"][MONITOR])
-
-    @property
-    def validations_since_best(self) -> int:
-        return len(self.curve) - 1 - self.curve.index(self.best)
-
 
 class Trainer:
     """One stage: a sharded learner, its optimizers, and the folder it leaves behind.
 
     Args:
         learner: the module inside `model`.
+        monitor: the validation metric that chooses the best checkpoint.
         fingerprint: names the configuration and inputs; a checkpoint of another one is not resumed.
     """
 
@@ -72,6 +64,7 @@ class Trainer:
         config: TrainConfig,
         *,
         name: str,
+        monitor: str,
         folder: Path,
         fingerprint: str,
         ranks: Ranks,
@@ -83,6 +76,7 @@ class Trainer:
         self.loader = loader
         self.config = config
         self.name = name
+        self.monitor = monitor
         self.folder = folder
         self.fingerprint = fingerprint
         self.ranks = ranks
@@ -106,17 +100,26 @@ class Trainer:
                 self.position.epoch += 1
                 if self.position.epoch % self.config.validate_every == 0 or self._is_last_epoch():
                     self._validate_and_save(validate, losses, writer)
-                    progress.note(
-                        f"valid {MONITOR} {self.position.curve[-1]['metrics'][MONITOR]:.4f}"
-                    )
-            progress.note(f"best valid {MONITOR} {self.position.best['metrics'][MONITOR]:.4f}")
+                    progress.note(self._in_words("valid", self.position.curve[-1]))
+            progress.note(self._in_words("best valid", self.best))
         if writer is not None:
             writer.close()
         return self.position
 
     @property
+    def best(self) -> dict[str, Any]:
+        """The first validation with the best monitored metric, an entry of the curve."""
+        return max(self.position.curve, key=self._goodness)
+
+    @property
     def best_checkpoint(self) -> Path:
-        return self._checkpoints / f"step-{self.position.best['step']:08d}"
+        return self._checkpoints / f"step-{self.best['step']:08d}"
+
+    def _in_words(self, which: str, entry: dict[str, Any]) -> str:
+        return f"{which} {self.monitor} {entry['metrics'][self.monitor]:.4f}"
+
+    def _goodness(self, entry: dict[str, Any]) -> float:
+        return goodness(self.monitor, entry["metrics"][self.monitor])
 
     @property
     def _checkpoints(self) -> Path:
@@ -126,8 +129,9 @@ class Trainer:
         return self.position.epoch == self.config.epochs
 
     def _is_out_of_patience(self) -> bool:
-        patience = self.config.patience
-        return patience is not None and self.position.validations_since_best >= patience
+        curve = self.position.curve
+        since_best = len(curve) - 1 - curve.index(self.best)
+        return self.config.patience is not None and since_best >= self.config.patience
 
     # --- steps -----------------------------------------------------------------------------
 

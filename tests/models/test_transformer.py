@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchrec_pt.config import ModelConfig
+from torchrec_pt.config import TransformerConfig
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.rng import RowNoise
@@ -19,7 +19,7 @@ ATTENTION = pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 
 
 def _model(attention: str, dropout: float = 0.0) -> Transformer:
-    config = ModelConfig(
+    config = TransformerConfig(
         dim=DIM, num_layers=2, num_heads=2, max_length=MAX_LENGTH, attention=attention,
         dropout=dropout,
     )  # fmt: skip
@@ -37,6 +37,16 @@ def _model(attention: str, dropout: float = 0.0) -> Transformer:
 def _history(lengths: tuple[int, ...] = LENGTHS, seed: int = 1) -> Jagged:
     values = torch.randn(sum(lengths), DIM, generator=torch.Generator().manual_seed(seed))
     return Jagged.from_lengths(values, torch.tensor(lengths, dtype=torch.int64))
+
+
+def _users(
+    model: Transformer,
+    history: Jagged,
+    noise: RowNoise | None = None,
+    is_masked: Tensor | None = None,
+) -> Tensor:
+    nobody = torch.full((history.num_rows,), -1)
+    return model.encode_users(nobody, history, noise, is_masked=is_masked)
 
 
 def _row(jagged: Jagged, row: int) -> Tensor:
@@ -91,7 +101,7 @@ def test_positions_match_attention_written_out(attention: str) -> None:
 @ATTENTION
 def test_users_match_the_last_position_of_a_history_of_their_own(attention: str) -> None:
     model, history = _model(attention), _history()
-    got = model.encode_users(history)
+    got = _users(model, history)
     for row, length in enumerate(LENGTHS):
         tokens = _row(history, row)
         if attention == "bidirectional":
@@ -107,13 +117,13 @@ def test_users_match_the_last_position_of_a_history_of_their_own(attention: str)
 @ATTENTION
 def test_a_user_does_not_depend_on_who_shares_the_batch(attention: str) -> None:
     model, history = _model(attention), _history()
-    together = model.encode_users(history)
+    together = _users(model, history)
     order = torch.tensor([4, 2, 0])
-    torch.testing.assert_close(model.encode_users(history.select(order)), together[order])
+    torch.testing.assert_close(_users(model, history.select(order)), together[order])
     strangers = Jagged.stack([_history((MAX_LENGTH - 1,), seed=9), history])
-    torch.testing.assert_close(model.encode_users(strangers)[1:], together)
+    torch.testing.assert_close(_users(model, strangers)[1:], together)
     for row in range(len(LENGTHS)):
-        alone = model.encode_users(history.select(torch.tensor([row])))
+        alone = _users(model, history.select(torch.tensor([row])))
         torch.testing.assert_close(alone[0], together[row])
 
 
@@ -121,7 +131,7 @@ def test_a_user_does_not_depend_on_who_shares_the_batch(attention: str) -> None:
 def test_no_gradient_flows_between_users(attention: str) -> None:
     model, history = _model(attention), _history()
     values = history.values.requires_grad_()
-    model.encode_users(history.with_values(values))[2].square().sum().backward()
+    _users(model, history.with_values(values))[2].square().sum().backward()
     is_own = history.rows == 2
     assert values.grad is not None
     assert (values.grad[~is_own] == 0).all()
@@ -145,11 +155,11 @@ def test_causal_never_sees_later_tokens_and_bidirectional_does(attention: str) -
 @ATTENTION
 def test_empty_histories_alone_are_allowed(attention: str) -> None:
     model = _model(attention)
-    users = model.encode_users(_history((0, 0)))
+    users = _users(model, _history((0, 0)))
     assert users.shape == (2, DIM)
     assert torch.equal(users[0], users[1])
     assert (users == 0).all() == (attention == "causal")
-    assert model.encode_users(_history(())).shape == (0, DIM)
+    assert _users(model, _history(())).shape == (0, DIM)
     assert model.encode_positions(_history((0, 0)), None).shape == (0, DIM)
 
 
@@ -157,7 +167,7 @@ def test_empty_histories_alone_are_allowed(attention: str) -> None:
 def test_the_longest_history_that_is_read_fills_all_positions(attention: str) -> None:
     model = _model(attention)
     assert model.history_length == MAX_LENGTH - (attention == "bidirectional")
-    model.encode_users(_history((model.history_length, 1))).square().sum().backward()
+    _users(model, _history((model.history_length, 1))).square().sum().backward()
     assert model.position.grad is not None
     assert (model.position.grad != 0).any(1).all()
 
@@ -165,7 +175,7 @@ def test_the_longest_history_that_is_read_fills_all_positions(attention: str) ->
 @ATTENTION
 def test_the_newest_item_takes_the_same_position_in_any_history(attention: str) -> None:
     model = _model(attention)
-    model.encode_users(_history((1,))).square().sum().backward()
+    _users(model, _history((1,))).square().sum().backward()
     assert model.position.grad is not None
     used = (model.position.grad != 0).any(1)
     num_tokens = 2 if attention == "bidirectional" else 1
@@ -176,15 +186,15 @@ def test_the_newest_item_takes_the_same_position_in_any_history(attention: str) 
 def test_dropout_acts_only_with_noise_and_follows_the_global_row(attention: str) -> None:
     model, history = _model(attention, dropout=0.3), _history()
     model.train()
-    assert torch.equal(model.encode_users(history), _model(attention).encode_users(history))
+    assert torch.equal(_users(model, history), _users(_model(attention), history))
     noise = RowNoise(0, 5, torch.arange(5))
-    dropped = model.encode_users(history, noise)
-    assert ((dropped - model.encode_users(history)).abs().amax(1) > 1e-4)[[0, 2, 3, 4]].all()
-    assert torch.equal(model.encode_users(history, noise), dropped)
+    dropped = _users(model, history, noise)
+    assert ((dropped - _users(model, history)).abs().amax(1) > 1e-4)[[0, 2, 3, 4]].all()
+    assert torch.equal(_users(model, history, noise), dropped)
     rows = torch.tensor([4, 0])
-    alone = model.encode_users(history.select(rows), RowNoise(0, 5, rows))
+    alone = _users(model, history.select(rows), RowNoise(0, 5, rows))
     torch.testing.assert_close(alone, dropped[rows])
-    other_step = model.encode_users(history, RowNoise(0, 6, torch.arange(5)))
+    other_step = _users(model, history, RowNoise(0, 6, torch.arange(5)))
     assert not torch.allclose(other_step, dropped)
 
 
@@ -195,9 +205,9 @@ def test_a_masked_token_is_replaced_by_the_mask_vector(attention: str) -> None:
     is_masked[[1, 5]] = True
     values = history.values.clone()
     values[is_masked] = 1e6
-    poisoned = model.encode_users(history.with_values(values), is_masked=is_masked)
+    poisoned = _users(model, history.with_values(values), is_masked=is_masked)
     values[is_masked] = model.mask.detach()
-    assert torch.equal(poisoned, model.encode_users(history.with_values(values)))
+    assert torch.equal(poisoned, _users(model, history.with_values(values)))
 
 
 @ATTENTION
@@ -207,7 +217,7 @@ def test_gradients_reach_every_parameter(attention: str) -> None:
     is_masked = history.positions == 2
     out = model.encode_positions(history, noise, is_masked=is_masked).square().sum()
     longest = _history((model.history_length,))
-    (out + model.encode_users(longest).square().sum()).backward()
+    (out + _users(model, longest).square().sum()).backward()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue  # the item table, which is looked up outside
@@ -222,11 +232,11 @@ def test_gradients_reach_every_parameter(attention: str) -> None:
 
 def test_item_vectors_are_the_rows_of_the_table() -> None:
     rows = torch.randn(3, DIM)
-    assert torch.equal(_model("causal").encode_items(rows), rows)
+    assert torch.equal(_model("causal").encode_items(torch.arange(len(rows)), rows), rows)
 
 
 def test_gradients_have_the_same_bits_each_time_on_two_threads() -> None:
-    config = ModelConfig(dim=64, num_layers=1, max_length=100, dropout=0.2)
+    config = TransformerConfig(dim=64, num_layers=1, max_length=100, dropout=0.2)
     backbone = Transformer(config, 2)
     vectors = torch.randn(32 * 100, 64)
     tokens = Jagged.from_lengths(vectors, torch.full((32,), 100))

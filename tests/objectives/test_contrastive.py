@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.conftest import rows_of, tiny_config
+from tests.conftest import embedded, rows_of, tiny_config
 from tests.training import losses
-from torchrec_pt.config import Contrastive, ModelConfig
-from torchrec_pt.data.batch import Draw, Embedded
+from torchrec_pt.config import Contrastive, TransformerConfig
+from torchrec_pt.data.batch import Draw
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.contrastive import ContrastiveObjective
 
-MODEL = ModelConfig(dim=16, num_layers=1, max_length=11, dropout=0, attention="bidirectional")
+MODEL = TransformerConfig(dim=16, num_layers=1, max_length=11, dropout=0, attention="bidirectional")
 READ = 10  # a bidirectional model appends [MASK]
 COUNTS = torch.arange(1, 1001)
 
@@ -123,10 +123,8 @@ def test_views_loss_is_nt_xent_written_out() -> None:
     draw = objective.draw(rows)
     views = draw.lookups["views"]
     tokens = views.with_values(table[views.values])
-    got = objective.loss(
-        backbone, Embedded({"views": tokens}, draw.tensors), rows.noise, rows.weight, None
-    )
-    encoded = backbone.encode_users(tokens, is_masked=draw.tensors["is_masked"])
+    got = objective.loss(backbone, embedded(draw, table), rows, None)
+    encoded = backbone.encode_users(torch.arange(8), tokens, is_masked=draw.tensors["is_masked"])
     unit = F.normalize(encoded.detach().double(), dim=1)
     real = [0, 1, 3, 4, 5, 7]  # row 2 is padding
     expected = 0.0
@@ -142,12 +140,11 @@ def test_views_loss_is_nt_xent_written_out() -> None:
 
 def test_a_pair_is_a_history_and_the_item_right_after_it() -> None:
     draw = _objective(pairs="user_item").draw(rows_of([5, 1, 0, 40, 2]))
-    history, item = draw.lookups["history"], draw.tensors["item"]
+    history, item = draw.lookups["history"], draw.lookups["item"].values
     assert history.lengths.tolist() == [4, 0, 0, READ, 1]
     assert draw.tensors["has_target"].tolist() == [True, False, False, True, True]
     last = history.values[history.offsets[1:] - 1]
     assert torch.equal(item[[0, 3, 4]], last[[0, 3, 4]] + 1)
-    assert torch.equal(draw.lookups["item"].values, item)
     assert draw.lookups["item"].lengths.tolist() == [1] * 5
 
 
@@ -173,14 +170,13 @@ def test_pairs_loss_is_corrected_infonce_written_out() -> None:
     rows = rows_of([5, 1, 0, 9, 2, 3])
     draw = objective.draw(rows)
     # Rows 0 and 4 have the same next item: neither is a negative of the other.
-    ids = draw.tensors["item"].clone()
+    ids = draw.lookups["item"].values
     ids[4] = ids[0]
-    tensors = {**draw.tensors, "item": ids}
-    history = draw.lookups["history"].with_values(table[draw.lookups["history"].values])
-    items = draw.lookups["item"].with_values(table[ids])
-    drawn = Embedded({"history": history, "item": items}, tensors)
-    got = objective.loss(backbone, drawn, rows.noise, rows.weight, None)
-    user = F.normalize(backbone.encode_users(history).detach().double(), dim=1)
+    drawn = embedded(draw, table)
+    got = objective.loss(backbone, drawn, rows, None)
+    user = F.normalize(
+        backbone.encode_users(rows.users, drawn.vectors["history"]).detach().double(), dim=1
+    )
     unit = F.normalize(table[ids].double(), dim=1)
     expected = _pairs_expected(user, unit, ids.tolist(), [0, 3, 4, 5])
     assert got.total.item() == pytest.approx(expected, rel=1e-5)  # float32
@@ -197,9 +193,8 @@ def test_the_temperature_is_learned_only_when_asked(learn: bool) -> None:
     objective, rows = _objective(learn_temperature=learn, temperature=0.3), rows_of([10, 4])
     assert objective.temperature.item() == pytest.approx(0.3)
     draw = objective.draw(rows)
-    tokens = draw.lookups["views"].with_values(table[draw.lookups["views"].values])
-    drawn = Embedded({"views": tokens}, draw.tensors)
-    objective.loss(backbone, drawn, rows.noise, rows.weight, None).total.backward()
+    drawn = embedded(draw, table)
+    objective.loss(backbone, drawn, rows, None).total.backward()
     gradient = objective.log_temperature.grad
     assert (gradient is not None and bool(gradient != 0)) == learn
 

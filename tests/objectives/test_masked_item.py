@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import rows_of, tiny_config
+from tests.conftest import embedded, rows_of, tiny_config
 from tests.training import losses
-from torchrec_pt.config import MaskedItem, ModelConfig
+from torchrec_pt.config import MaskedItem, TransformerConfig
 from torchrec_pt.data.batch import Draw, Embedded, Rows
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import Ranks, joined_ranks
@@ -19,7 +19,7 @@ from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.masked_item import MaskedItemObjective
 from torchrec_pt.rng import RowNoise
 
-MODEL = ModelConfig(dim=16, num_layers=1, max_length=5, dropout=0, attention="bidirectional")
+MODEL = TransformerConfig(dim=16, num_layers=1, max_length=5, dropout=0, attention="bidirectional")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_masks_change_with_the_step_and_stay_with_the_row() -> None:
     assert not torch.equal(first, later)
     rows = rows_of([5] * 30)
     order = torch.tensor([7, 3])
-    some = Rows(rows.histories.select(order), RowNoise(0, 0, order), rows.weight[order])
+    some = Rows(order, RowNoise(0, 0, order), rows.weight[order], rows.histories.select(order))
     assert torch.equal(_draw(some).tensors["is_masked"].view(2, 5), first.view(30, 5)[order])
 
 
@@ -95,9 +95,8 @@ def test_loss_is_the_cross_entropy_at_the_hidden_places() -> None:
     tokens = history.with_values(table[history.values])
     got = objective.loss(
         backbone,
-        Embedded({"history": tokens}, draw.tensors),
-        rows.noise,
-        rows.weight,
+        embedded(draw, table),
+        rows,
         Catalogue(table, 0, False),
     )
     is_masked = draw.tensors["is_masked"]
@@ -116,9 +115,9 @@ def test_a_hidden_item_does_not_reach_the_loss() -> None:
     draw = objective.draw(rows)
     history = draw.lookups["history"]
     vectors = table[history.values].requires_grad_()
-    drawn = Embedded({"history": history.with_values(vectors)}, draw.tensors)
+    drawn = Embedded(draw.lookups, {"history": history.with_values(vectors)}, draw.tensors)
     catalogue = Catalogue(table, 0, False)
-    objective.loss(backbone, drawn, rows.noise, rows.weight, catalogue).total.backward()
+    objective.loss(backbone, drawn, rows, catalogue).total.backward()
     assert vectors.grad is not None
     reached = (vectors.grad != 0).any(1)
     assert torch.equal(reached, ~draw.tensors["is_masked"])

@@ -8,17 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import rows_of, tiny_config
+from tests.conftest import embedded, rows_of, tiny_config
 from tests.training import losses
-from torchrec_pt.config import ModelConfig, NextItem
-from torchrec_pt.data.batch import Embedded
+from torchrec_pt.config import NextItem, TransformerConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.next_item import NextItemObjective
 
-MODEL = ModelConfig(dim=16, num_layers=1, max_length=5, dropout=0, attention="causal")
+MODEL = TransformerConfig(dim=16, num_layers=1, max_length=5, dropout=0, attention="causal")
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +55,8 @@ def test_loss_is_the_cross_entropy_of_all_next_items() -> None:
     tokens = history.with_values(table[history.values])
     got = objective.loss(
         backbone,
-        Embedded({"history": tokens}, draw.tensors),
-        rows.noise,
-        rows.weight,
+        embedded(draw, table),
+        rows,
         Catalogue(table, 0, False),
     )
     logits = backbone.encode_positions(tokens, None).double() @ table.double().T / 0.7
@@ -71,8 +69,8 @@ def test_rows_with_nothing_to_predict_give_zero() -> None:
     table, backbone = torch.randn(500, 16), Transformer(MODEL, 500)
     objective, rows = _objective(), rows_of([1, 0])
     draw = objective.draw(rows)
-    drawn = Embedded({"history": draw.lookups["history"].with_values(table[:0])}, draw.tensors)
-    got = objective.loss(backbone, drawn, rows.noise, rows.weight, Catalogue(table, 0, False))
+    drawn = embedded(draw, table)
+    got = objective.loss(backbone, drawn, rows, Catalogue(table, 0, False))
     assert got.total == 0
     assert got.weight == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import rows_of, tiny_config
+from tests.conftest import embedded, rows_of, tiny_config
 from tests.training import losses
-from torchrec_pt.config import ModelConfig, RankingConfig
+from torchrec_pt.config import RankingConfig, TransformerConfig
 from torchrec_pt.data.batch import Embedded, Rows
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import Ranks, joined_ranks
@@ -29,8 +30,8 @@ def ranks() -> Iterator[Ranks]:
         yield ranks
 
 
-def _model(attention: str = "bidirectional") -> ModelConfig:
-    return ModelConfig(dim=16, num_layers=1, max_length=5, dropout=0, attention=attention)
+def _model(attention: str = "bidirectional") -> TransformerConfig:
+    return TransformerConfig(dim=16, num_layers=1, max_length=5, dropout=0, attention=attention)
 
 
 def _task(attention: str = "bidirectional", num_items: int = NUM_ITEMS, **o: Any) -> RankingTask:
@@ -69,7 +70,7 @@ def test_the_targets_of_a_user_are_drawn_apart() -> None:
 
 def test_a_padding_row_weighs_nothing() -> None:
     rows = rows_of([4, 5])
-    padded = Rows(rows.histories, rows.noise, torch.tensor([1.0, 0.0]))
+    padded = dataclasses.replace(rows, weight=torch.tensor([1.0, 0.0]))
     assert _task().draw(padded).tensors["weight"].tolist() == [1, 0]
 
 
@@ -91,9 +92,7 @@ def test_negatives_that_the_user_took_in_training_are_left_out_and_only_those() 
 
 
 def _embedded(task: RankingTask, rows: Rows, table: torch.Tensor) -> Embedded:
-    draw = task.draw(rows)
-    vectors = {name: ids.with_values(table[ids.values]) for name, ids in draw.lookups.items()}
-    return Embedded(vectors, draw.tensors)
+    return embedded(task.draw(rows), table)
 
 
 def test_softmax_is_the_weighted_cross_entropy_over_the_catalogue() -> None:
@@ -102,8 +101,9 @@ def test_softmax_is_the_weighted_cross_entropy_over_the_catalogue() -> None:
     task, rows = _task(targets_per_user=2, temperature=0.7), rows_of([12, 1, 2, 0])
     drawn = _embedded(task, rows, table)
     catalogue = Catalogue(table, 0, False)
-    got = task.loss(backbone, drawn, rows.noise, rows.weight, catalogue)
-    logits = backbone.encode_users(drawn.vectors["history"]).double() @ table.double().T / 0.7
+    got = task.loss(backbone, drawn, rows, catalogue)
+    user = backbone.encode_users(rows.users.repeat(2), drawn.vectors["history"])
+    logits = user.double() @ table.double().T / 0.7
     each = F.cross_entropy(logits, drawn.tensors["target"], reduction="none")
     torch.testing.assert_close(
         got.total.double(), each[[0, 2, 4, 6]].sum(), rtol=1e-5, atol=0
@@ -117,8 +117,8 @@ def test_bpr_is_the_mean_over_allowed_pairs_written_out() -> None:
     task = _task(loss="bpr", num_items=300, num_negatives=20, temperature=0.7)
     rows = rows_of([60, 1, 70])
     drawn = _embedded(task, rows, table)
-    got = task.loss(backbone, drawn, rows.noise, rows.weight, None)
-    user = backbone.encode_users(drawn.vectors["history"]).detach().double()
+    got = task.loss(backbone, drawn, rows, None)
+    user = backbone.encode_users(rows.users, drawn.vectors["history"]).detach().double()
     negatives = drawn.vectors["negatives"].values.view(3, 20, 16).double()
     positive = drawn.vectors["target"].values.double()
     total, num_pairs = 0.0, 0
@@ -136,7 +136,7 @@ def test_bpr_is_the_mean_over_allowed_pairs_written_out() -> None:
 def test_bpr_gives_zero_where_the_user_took_the_whole_catalogue() -> None:
     table, backbone = torch.randn(4, 16), Transformer(_model(), 4)
     task, rows = _task(loss="bpr", num_items=4), rows_of([4])
-    got = task.loss(backbone, _embedded(task, rows, table), rows.noise, rows.weight, None)
+    got = task.loss(backbone, _embedded(task, rows, table), rows, None)
     assert got.total == 0
     assert got.weight == 0
 

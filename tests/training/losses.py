@@ -12,14 +12,15 @@ from typing import Any
 
 from torch import nn
 
-from torchrec_pt.build import build_learner, build_objectives
-from torchrec_pt.config import RunConfig
+from torchrec_pt.build import build_learner, build_objectives, build_task
+from torchrec_pt.config import RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, joined_ranks
-from torchrec_pt.evaluate import ModelScorer, held_out, rank_targets
+from torchrec_pt.evaluate import held_out, predict_pairs, rank_targets
 from torchrec_pt.optim import Optimizers
-from torchrec_pt.tasks.ranking import RankingTask
+from torchrec_pt.scoring import ModelScorer
+from torchrec_pt.tasks.pairs import PairTask, held_out_pairs
 
 EPOCHS = 2
 
@@ -27,14 +28,16 @@ EPOCHS = 2
 def train(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> dict[str, Any]:
     """Mean losses of every step, and the ranks of the test items afterwards."""
     config = RunConfig.model_validate(case)
+    settings: TrainConfig
     objectives: list[nn.Module]
-    if config.finetune.ranking is not None:
-        settings: Any = config.finetune.ranking
-        objectives = [RankingTask(settings, config.model, dataset.num_items)]
+    if config.finetune.tasks:
+        ((name, settings),) = config.finetune.tasks.items()
+        objectives = [build_task(config, name, dataset)]
     else:
+        assert config.pretrain is not None
         settings = config.pretrain
-        objectives = build_objectives(settings, config.model, dataset)
-    built = build_learner(config, settings, objectives, dataset.num_items, ranks)
+        objectives = build_objectives(config, dataset)
+    built = build_learner(config, settings, objectives, dataset, ranks)
     loader = HistoryLoader(
         dataset.history("train"),
         batch_size=settings.batch_size,
@@ -57,10 +60,12 @@ def train(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> dict[
     scorer = ModelScorer(backbone, dataset.history("valid"), ranks)
     asked = held_out(dataset, "test")
     found = rank_targets(scorer, asked, dataset.num_items, ranks, batch_size=7)
-    return {
-        "losses": losses,
-        "ranks": found.values.tolist(),
-    }
+    result = {"losses": losses, "ranks": found.values.tolist()}
+    if isinstance(objectives[0], PairTask):
+        pairs = held_out_pairs(dataset, "test")
+        predictions = predict_pairs(built.learner, objectives[0], pairs, ranks, batch_size=7)
+        result["predictions"] = predictions.tolist()
+    return result
 
 
 def main(prepared: Path, cases: Path, out: Path) -> None:

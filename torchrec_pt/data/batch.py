@@ -26,22 +26,46 @@ ITEM = "item"
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What one rank starts a step from: some users' training histories.
+class RowKeys:
+    """Which rows of a step one rank holds.
 
     Attributes:
-        histories: B jagged rows of item ids in time order.
+        users: (B,) int64 dense user ids; −1 marks a padding row.
         noise: the randomness of these rows in this step.
-        weight: (B,) float32; 0 marks a padding row, whose history is empty.
+        weight: (B,) float32; 0 for a padding row.
+    """
+
+    users: Tensor
+    noise: RowNoise
+    weight: Tensor
+
+    def copies(self, num: int) -> RowKeys:
+        """`num` copies of the rows, each with noise of its own: all rows, then all again, …"""
+        return RowKeys(self.users.repeat(num), self.noise.copies(num), self.weight.repeat(num))
+
+
+@dataclass(frozen=True)
+class Rows(RowKeys):
+    """What one rank starts a step from: some users and their training histories.
+
+    Attributes:
+        histories: B jagged rows of item ids in time order; empty for a padding row.
     """
 
     histories: Jagged
-    noise: RowNoise
-    weight: Tensor
 
     @property
     def num_rows(self) -> int:
         return self.histories.num_rows
+
+
+def rows_of_users(per_user: Jagged, users: Tensor) -> Jagged:
+    """The rows of these users (B,) int64 in a jagged of all users; user −1 has an empty one."""
+    is_known = users >= 0
+    known = per_user.select(users[is_known])
+    lengths = torch.zeros_like(users)
+    lengths[is_known] = known.lengths
+    return Jagged.from_lengths(known.values, lengths)
 
 
 @dataclass(frozen=True)
@@ -54,8 +78,9 @@ class Draw:
 
 @dataclass(frozen=True)
 class Embedded:
-    """A draw after the lookup: `vectors[name]` holds (T, D) rows in place of ids."""
+    """A draw after the lookup: `vectors[name]` holds the (T, D) table rows of `ids[name]`."""
 
+    ids: Mapping[str, Jagged]
     vectors: Mapping[str, Jagged]
     tensors: Mapping[str, Tensor]
 
@@ -68,32 +93,39 @@ class Batch(Pipelineable):
         ids: all item ids of the step under the key "item", stride 1.
         offsets: segment name -> (R + 1,) int64 row offsets; segments lie in `ids` in this order.
         tensors: labels and masks, named like the segments: "<objective>.<name>".
-        rows, weight: (B,) as in `Rows`.
+        rows: (B,) numbers of the rows in the global batch.
+        users, weight: (B,) as in `RowKeys`.
     """
 
     seed: int
     step: int
     rows: Tensor
+    users: Tensor
     weight: Tensor
     ids: KeyedJaggedTensor
     offsets: dict[str, Tensor]
     tensors: dict[str, Tensor]
 
     @property
-    def noise(self) -> RowNoise:
-        return RowNoise(self.seed, self.step, self.rows)
+    def keys(self) -> RowKeys:
+        return RowKeys(self.users, RowNoise(self.seed, self.step, self.rows), self.weight)
 
     def split(self, vectors: Tensor, owner: str) -> Embedded:
-        """The segments and tensors of `owner`, their ids replaced by the looked-up vectors."""
+        """The segments and tensors of `owner`, beside their ids the looked-up vectors."""
         sizes = [int(offsets[-1]) for offsets in self.offsets.values()]
-        parts = dict(zip(self.offsets, vectors.split(sizes), strict=True))
         prefix = owner + "."
-        return Embedded(
-            vectors={
-                name.removeprefix(prefix): Jagged(part, self.offsets[name])
-                for name, part in parts.items()
+
+        def owned(values: Tensor) -> dict[str, Jagged]:
+            parts = zip(self.offsets.items(), values.split(sizes), strict=True)
+            return {
+                name.removeprefix(prefix): Jagged(part, offsets)
+                for (name, offsets), part in parts
                 if name.startswith(prefix)
-            },
+            }
+
+        return Embedded(
+            ids=owned(self.ids.values()),
+            vectors=owned(vectors),
             tensors={
                 name.removeprefix(prefix): tensor
                 for name, tensor in self.tensors.items()
@@ -140,6 +172,7 @@ def assemble(rows: Rows, draws: Mapping[str, Draw], catalogue: tuple[int, int] |
         seed=rows.noise.seed,
         step=rows.noise.step,
         rows=rows.noise.rows,
+        users=rows.users,
         weight=rows.weight,
         ids=lookup_ids(torch.cat([empty, *(segment.values for segment in segments.values())])),
         offsets={name: segment.offsets for name, segment in segments.items()},

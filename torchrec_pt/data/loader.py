@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchrec_pt import rng
-from torchrec_pt.data.batch import Rows
+from torchrec_pt.data.batch import Rows, rows_of_users
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks
 
@@ -60,12 +60,12 @@ class HistoryLoader:
         rank, world_size = self.ranks.rank, self.ranks.world_size
         rows_per_rank = -(-len(users) // world_size)
         rows = torch.arange(rows_per_rank) * world_size + rank
-        real = rows < len(users)
-        mine = self.histories.select(users[rows[real]])
-        num_padding = rows_per_rank - int(real.sum())
-        offsets = torch.cat([mine.offsets, mine.offsets[-1:].expand(num_padding)])
+        is_real = rows < len(users)
+        mine = torch.full_like(rows, -1)
+        mine[is_real] = users[rows[is_real]]
         return Rows(
-            histories=Jagged(mine.values, offsets),
+            users=mine,
             noise=rng.RowNoise(self.seed, step, rows),
-            weight=real.float(),
+            weight=is_real.float(),
+            histories=rows_of_users(self.histories, mine),
         )

@@ -12,27 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchrec_pt import rng
-from torchrec_pt.config import ModelConfig
+from torchrec_pt.config import TransformerConfig
 from torchrec_pt.data.jagged import Jagged
-from torchrec_pt.models.item_table import ItemTable
+from torchrec_pt.models.backbone import Backbone
+from torchrec_pt.models.dropout import RowDropout
 from torchrec_pt.rng import RowNoise
 
 
-class Transformer(nn.Module):
+class Transformer(Backbone):
     """The transformer backbone; its item vectors are the rows of the item table.
 
     A history's newest item always takes the last position, so a position means the same
     number of steps into the past in histories of any length.
     """
 
-    def __init__(self, config: ModelConfig, num_items: int) -> None:
-        super().__init__()
+    def __init__(self, config: TransformerConfig, num_items: int) -> None:
+        super().__init__(config, config.history_length, num_items)
         self.is_causal = config.attention == "causal"
-        self.dim = config.dim
         self.max_length = config.max_length
         self.dropout = config.dropout
-        self.items = ItemTable(num_items, config.dim)
         self.mask = nn.Parameter(torch.empty(config.dim))
         self.position = nn.Parameter(torch.empty(config.max_length, config.dim))
         ffn_dim = config.ffn_dim or 4 * config.dim
@@ -51,13 +49,7 @@ class Transformer(nn.Module):
         nn.init.normal_(self.mask, std=0.02)
         nn.init.normal_(self.position, std=0.02)
 
-    @property
-    def history_length(self) -> int:
-        """Items of a history that `encode_users` reads; a bidirectional model appends [MASK]."""
-        return self.max_length if self.is_causal else self.max_length - 1
-
-    def encode_items(self, rows: Tensor) -> Tensor:
-        """(N, D) item vectors from (N, D) rows of the item table."""
+    def encode_items(self, ids: Tensor, rows: Tensor) -> Tensor:
         return rows
 
     def encode_positions(
@@ -90,7 +82,7 @@ class Transformer(nn.Module):
             x = torch.where(is_masked.unsqueeze(1), self.mask, x)
         # Indexing would add up its gradient in the order in which threads come.
         x = x + F.embedding(slot, self.position)
-        drop = _Dropout(self.dropout, noise, "dropout", row, slot)
+        drop = RowDropout(self.dropout, noise, "dropout", row, slot)
         x = drop(x)
         for block in self.blocks:
             x = block(x, attention, drop)
@@ -98,12 +90,13 @@ class Transformer(nn.Module):
 
     def encode_users(
         self,
+        users: Tensor,
         history: Jagged,
         noise: RowNoise | None = None,
         *,
         is_masked: Tensor | None = None,
     ) -> Tensor:
-        """(R, D): what a user with this history takes next, read off the last position.
+        """(R, D), read off the last position; who the users are makes no difference.
 
         A bidirectional model reads it off a [MASK] after the history, which may be empty.
         A causal model gives zeros for an empty history.
@@ -146,7 +139,7 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(dim, ffn_dim)
         self.ffn_out = nn.Linear(ffn_dim, dim)
 
-    def forward(self, x: Tensor, attention: _Attention, drop: _Dropout) -> Tensor:
+    def forward(self, x: Tensor, attention: _Attention, drop: RowDropout) -> Tensor:
         x = x + drop(self.out(attention(self.qkv(self.attention_norm(x)), self.num_heads)))
         return x + drop(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x)))))
 
@@ -177,20 +170,3 @@ class _Attention:
         )
         packed = out.transpose(1, 2).flatten(2)
         return torch.ops.fbgemm.dense_to_jagged(packed, [self.offsets], qkv.shape[0])[0]
-
-
-class _Dropout:
-    """Dropout of packed tokens, keyed by global row; each call is a new site."""
-
-    def __init__(
-        self, p: float, noise: RowNoise | None, name: str, row: Tensor, slot: Tensor
-    ) -> None:
-        self.p = p
-        self.site = 0
-        self.bits = noise.token_bits(name, row, slot) if noise is not None and p > 0 else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.bits is None:
-            return x
-        self.site += 1
-        return rng.dropout(x, self.p, self.bits, self.site)

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrec_pt.config import Contrastive, ModelConfig
-from torchrec_pt.data.batch import Draw, Embedded, Rows
+from torchrec_pt.data.batch import Draw, Embedded, RowKeys, Rows
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import gather_rows
+from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
-from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.loss_term import LossTerm
 from torchrec_pt.objectives.windows import draw_windows
 from torchrec_pt.ops.infonce import infonce_loss
@@ -38,7 +38,7 @@ class ContrastiveObjective(nn.Module):
         self.name = config.name
         self.scale = config.weight
         self.config = config
-        self.max_length = model.max_length - 1  # leaves room for a bidirectional model's [MASK]
+        self.max_length = model.history_length
         # exp keeps it positive while it is learned (CLIP, Radford et al. 2021, section 2.5).
         log_temperature = torch.tensor(math.log(config.temperature))
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=config.learn_temperature)
@@ -105,31 +105,28 @@ class ContrastiveObjective(nn.Module):
         one_each = torch.arange(rows.num_rows + 1)
         return Draw(
             lookups={"history": history, "item": Jagged(target, one_each)},
-            tensors={"item": target, "has_target": has_target},
+            tensors={"has_target": has_target},
         )
 
     # --- loss ------------------------------------------------------------------------------
 
     def loss(
         self,
-        backbone: Transformer,
+        backbone: Backbone,
         drawn: Embedded,
-        noise: RowNoise,
-        weight: Tensor,
+        keys: RowKeys,
         catalogue: Catalogue | None,
     ) -> LossTerm:
         if self.config.pairs == "views":
-            return self._views_loss(backbone, drawn, noise, weight)
-        return self._pairs_loss(backbone, drawn, noise, weight)
+            return self._views_loss(backbone, drawn, keys)
+        return self._pairs_loss(backbone, drawn, keys)
 
-    def _views_loss(
-        self, backbone: Transformer, drawn: Embedded, noise: RowNoise, weight: Tensor
-    ) -> LossTerm:
+    def _views_loss(self, backbone: Backbone, drawn: Embedded, keys: RowKeys) -> LossTerm:
+        keys = keys.copies(2)
         encoded = backbone.encode_users(
-            drawn.vectors["views"], noise.copies(2), is_masked=drawn.tensors["is_masked"]
+            keys.users, drawn.vectors["views"], keys.noise, is_masked=drawn.tensors["is_masked"]
         )
-        view = self._scaled(encoded)
-        weight = weight.repeat(2)
+        view, weight = self._scaled(encoded), keys.weight
         own = _first_gathered(view) + torch.arange(len(view), device=view.device)
         total = infonce_loss(
             view,
@@ -143,13 +140,12 @@ class ContrastiveObjective(nn.Module):
         )
         return LossTerm(total, weight.sum())
 
-    def _pairs_loss(
-        self, backbone: Transformer, drawn: Embedded, noise: RowNoise, weight: Tensor
-    ) -> LossTerm:
-        user = self._scaled(backbone.encode_users(drawn.vectors["history"], noise))
-        item = self._scaled(backbone.encode_items(drawn.vectors["item"].values))
-        weight = weight * drawn.tensors["has_target"]
-        ids, key_weight = gather_rows(drawn.tensors["item"]), gather_rows(weight)
+    def _pairs_loss(self, backbone: Backbone, drawn: Embedded, keys: RowKeys) -> LossTerm:
+        user = backbone.encode_users(keys.users, drawn.vectors["history"], keys.noise)
+        item = backbone.encode_items(drawn.ids["item"].values, drawn.vectors["item"].values)
+        user, item = self._scaled(user), self._scaled(item)
+        weight = keys.weight * drawn.tensors["has_target"]
+        ids, key_weight = gather_rows(drawn.ids["item"].values), gather_rows(weight)
         # An item is among the negatives as often as its share of the training data says.
         log_expected_count = self.log_share[ids] + key_weight.sum().clamp(min=1).log()
         total = infonce_loss(

@@ -7,10 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from torchrec_pt.data.batch import Draw, Embedded, Rows
+from torchrec_pt.data.batch import Draw, Embedded, RowKeys, Rows
+from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
-from torchrec_pt.models.transformer import Transformer
-from torchrec_pt.rng import RowNoise
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,8 @@ class Objective(Protocol):
 
     def loss(
         self,
-        backbone: Transformer,
+        backbone: Backbone,
         drawn: Embedded,
-        noise: RowNoise,
-        weight: Tensor,
+        keys: RowKeys,
         catalogue: Catalogue | None,
     ) -> LossTerm: ...

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchrec_pt.config import MaskedItem, ModelConfig
-from torchrec_pt.data.batch import Draw, Embedded, Rows
+from torchrec_pt.data.batch import Draw, Embedded, RowKeys, Rows
+from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.loss_term import LossTerm
 from torchrec_pt.objectives.windows import draw_windows
-from torchrec_pt.rng import RowNoise
 
 
 class MaskedItemObjective(nn.Module):
@@ -24,6 +24,11 @@ class MaskedItemObjective(nn.Module):
 
     def __init__(self, config: MaskedItem, model: ModelConfig) -> None:
         super().__init__()
+        if model.backbone != "transformer":
+            raise ValueError(
+                "pretrain.objectives: masked_item needs a vector at every position, which "
+                f'{model.backbone} has not; use contrastive, or set model.backbone to "transformer"'
+            )
         if model.attention != "bidirectional":
             raise ValueError(
                 "pretrain.objectives: masked_item reads both sides of a masked item; "
@@ -49,15 +54,17 @@ class MaskedItemObjective(nn.Module):
 
     def loss(
         self,
-        backbone: Transformer,
+        backbone: Backbone,
         drawn: Embedded,
-        noise: RowNoise,
-        weight: Tensor,
+        keys: RowKeys,
         catalogue: Catalogue | None,
     ) -> LossTerm:
+        assert isinstance(backbone, Transformer)
         assert catalogue is not None
         is_masked, target = drawn.tensors["is_masked"], drawn.tensors["target"]
-        encoded = backbone.encode_positions(drawn.vectors["history"], noise, is_masked=is_masked)
+        encoded = backbone.encode_positions(
+            drawn.vectors["history"], keys.noise, is_masked=is_masked
+        )
         query = encoded[is_masked]
         row_weight = query.new_ones(len(target))
         total = catalogue.softmax_loss(query, target, row_weight, temperature=self.temperature)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from torchrec_pt.config import ModelConfig, NextItem
-from torchrec_pt.data.batch import Draw, Embedded, Rows
+from torchrec_pt.data.batch import Draw, Embedded, RowKeys, Rows
+from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.loss_term import LossTerm
 from torchrec_pt.objectives.windows import draw_windows
-from torchrec_pt.rng import RowNoise
 
 
 class NextItemObjective(nn.Module):
@@ -24,6 +24,11 @@ class NextItemObjective(nn.Module):
 
     def __init__(self, config: NextItem, model: ModelConfig) -> None:
         super().__init__()
+        if model.backbone != "transformer":
+            raise ValueError(
+                "pretrain.objectives: next_item needs a vector at every position, which "
+                f'{model.backbone} has not; use contrastive, or set model.backbone to "transformer"'
+            )
         if model.attention != "causal":
             raise ValueError(
                 "pretrain.objectives: next_item must not see the next item; "
@@ -44,14 +49,14 @@ class NextItemObjective(nn.Module):
 
     def loss(
         self,
-        backbone: Transformer,
+        backbone: Backbone,
         drawn: Embedded,
-        noise: RowNoise,
-        weight: Tensor,
+        keys: RowKeys,
         catalogue: Catalogue | None,
     ) -> LossTerm:
+        assert isinstance(backbone, Transformer)
         assert catalogue is not None
-        query = backbone.encode_positions(drawn.vectors["history"], noise)
+        query = backbone.encode_positions(drawn.vectors["history"], keys.noise)
         target = drawn.tensors["target"]
         row_weight = query.new_ones(len(target))
         total = catalogue.softmax_loss(query, target, row_weight, temperature=self.temperature)

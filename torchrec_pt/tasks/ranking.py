@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from torchrec_pt.config import ModelConfig, RankingConfig
-from torchrec_pt.data.batch import Draw, Embedded, Rows
+from torchrec_pt.data.batch import Draw, Embedded, RowKeys, Rows
 from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
-from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.loss_term import LossTerm
-from torchrec_pt.rng import RowNoise
 
 
 class RankingTask(nn.Module):
@@ -29,7 +28,7 @@ class RankingTask(nn.Module):
         super().__init__()
         self.config = config
         self.num_items = num_items
-        self.max_length = model.max_length - (model.attention == "bidirectional")
+        self.max_length = model.history_length
         self.needs_catalogue = config.loss == "softmax"
 
     def draw(self, rows: Rows) -> Draw:
@@ -66,14 +65,13 @@ class RankingTask(nn.Module):
 
     def loss(
         self,
-        backbone: Transformer,
+        backbone: Backbone,
         drawn: Embedded,
-        noise: RowNoise,
-        weight: Tensor,
+        keys: RowKeys,
         catalogue: Catalogue | None,
     ) -> LossTerm:
-        noise = noise.copies(self.config.targets_per_user)
-        user = backbone.encode_users(drawn.vectors["history"], noise)
+        keys = keys.copies(self.config.targets_per_user)
+        user = backbone.encode_users(keys.users, drawn.vectors["history"], keys.noise)
         row_weight = drawn.tensors["weight"]
         temperature = self.config.temperature
         if self.config.loss == "softmax":
@@ -82,8 +80,10 @@ class RankingTask(nn.Module):
             total = catalogue.softmax_loss(user, target, row_weight, temperature=temperature)
             return LossTerm(total, row_weight.sum())
 
-        positive = backbone.encode_items(drawn.vectors["target"].values)
-        negatives = backbone.encode_items(drawn.vectors["negatives"].values)
+        positive, negatives = (
+            backbone.encode_items(drawn.ids[name].values, drawn.vectors[name].values)
+            for name in ("target", "negatives")
+        )
         negatives = negatives.unflatten(0, (len(user), self.config.num_negatives))
         margin = (user * positive).sum(1, keepdim=True) - torch.einsum(
             "bd,bnd->bn", user, negatives

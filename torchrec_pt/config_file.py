@@ -1,16 +1,77 @@
-"""A pydantic error as one line: where in the TOML, which rule, and how to mend it."""
+"""The TOML file of a run, read; what is wrong in it as one line."""
 
 from __future__ import annotations
 
 import difflib
+import sys
 import types
 import typing
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from torchrec_pt.config import RunConfig
 
-def explain(error: ValidationError, root: type[BaseModel]) -> str:
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class ConfigError(ValueError):
+    """A configuration the user can mend; the message is one line."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file and apply `a.b=value` overrides (values in TOML, bare words as strings).
+
+    Relative paths are taken from the current directory.
+
+    Raises:
+        ConfigError: unreadable file, bad TOML, unknown key, bad value or bad override.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error, RunConfig)}") from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f'--set {override}: want key.path=value, such as "pretrain.epochs=3"')
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    node: Any = raw
+    for depth, key in enumerate(keys):
+        step: Any = key
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise ConfigError(f'--set {override}: "{key}" is no index of a list of {len(node)}')
+            step = int(key)
+        elif not isinstance(node, dict):
+            raise ConfigError(f'--set {override}: "{keys[depth - 1]}" has no keys below it')
+        if depth == len(keys) - 1:
+            node[step] = value
+        else:
+            node = node[step] if isinstance(node, list) else node.setdefault(key, {})
+
+
+def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem of a validation error as one line: where, what, how to mend."""
     errors = error.errors()
     # A list whose element is wrong is reported as too short besides.
@@ -72,7 +133,7 @@ def _walk(
 
 
 def _tag(model: type[BaseModel]) -> str | None:
-    for key in ("name", "rule"):
+    for key in ("name", "rule", "backbone"):
         if key in model.model_fields:
             return str(typing.get_args(model.model_fields[key].annotation)[0])
     return None

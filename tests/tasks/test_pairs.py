@@ -1,0 +1,350 @@
+"""ctr and rating: who is asked what, the head written out, labels, and that they learn."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.conftest import FEATURES, embedded, tiny_config
+from tests.training import losses
+from torchrec_pt.build import build_backbone, build_task
+from torchrec_pt.config import CtrConfig, RunConfig
+from torchrec_pt.data.batch import Rows, rows_of_users
+from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.data.prepare import prepare
+from torchrec_pt.distributed import Ranks, joined_ranks
+from torchrec_pt.evaluate import predict_pairs
+from torchrec_pt.models.backbone import Backbone
+from torchrec_pt.rng import RowNoise
+from torchrec_pt.tasks.ctr import click_labels
+from torchrec_pt.tasks.pairs import PairTask, held_out_pairs, item_biases
+
+DIM = 16
+MODELS: dict[str, dict[str, Any]] = {
+    "causal": {"num_layers": 1, "attention": "causal"},
+    "bidirectional": {"num_layers": 1},
+    "two_tower": {"backbone": "two_tower", "hidden_dims": [8]},
+}
+TASKS: dict[str, dict[str, Any]] = {"ctr": {"positive_rating": 3}, "rating": {}}
+EVERY_TASK = pytest.mark.parametrize("name", list(TASKS))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks() -> Iterator[Ranks]:
+    with joined_ranks() as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def scattered(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    """Validation and test rows anywhere between the training rows of a user."""
+    out = tmp_path_factory.mktemp("scattered") / "prepared"
+    data = tiny_config(cycle_folder, FEATURES).data
+    split = {"rule": "ratio", "valid": 0.2, "test": 0.2}
+    config = RunConfig.model_validate(
+        {"run_dir": out, "data": {**data.model_dump(), "split": split}}
+    )
+    prepare(config.data, out, 0)
+    return PreparedDataset.load(out)
+
+
+def _config(name: str, model: str = "bidirectional", **task: Any) -> RunConfig:
+    return tiny_config(
+        Path(),
+        model={"dim": DIM, "max_length": 5, "dropout": 0.0, **MODELS[model]},
+        finetune={name: {"hidden_dims": [8], "dropout": 0.0, **TASKS[name], **task}},
+    )
+
+
+def _built(config: RunConfig, data: PreparedDataset) -> tuple[PairTask, Backbone]:
+    task = build_task(config, next(iter(config.finetune.tasks)), data)
+    assert isinstance(task, PairTask)
+    backbone = build_backbone(config.model, data)
+    backbone.items.collection.to_empty(device=torch.device("cpu"))
+    torch.nn.init.normal_(backbone.items.weight)
+    return task, backbone
+
+
+def _rows(data: PreparedDataset, users: list[int], step: int = 0) -> Rows:
+    ids = torch.tensor(users)
+    return Rows(
+        users=ids,
+        noise=RowNoise(0, step, torch.arange(len(ids))),
+        weight=(ids >= 0).float(),
+        histories=rows_of_users(data.history("train"), ids),
+    )
+
+
+def _parts(jagged: Jagged) -> list[list[int]]:
+    return [part.tolist() for part in jagged.values.split(jagged.lengths.tolist())]
+
+
+# --- who is asked -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", ["cycle", "scattered"])
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_held_out_row_is_asked_once_with_what_was_known_before_it(
+    request: pytest.FixtureRequest, data: str, split: Any
+) -> None:
+    dataset: PreparedDataset = request.getfixturevalue(data)
+    code = {"valid": 1, "test": 2}[split]
+    asked = held_out_pairs(dataset, split)
+    user_of = dataset.interactions.rows.tolist()
+    splits = dataset.split.tolist()
+    seen = []
+    for user, history, targets in zip(
+        asked.users.tolist(), _parts(asked.history), _parts(asked.targets), strict=True
+    ):
+        for row in targets:
+            known = [r for r in range(row) if user_of[r] == user and splits[r] < code]
+            assert history == known
+            assert user_of[row] == user
+        seen += targets
+    assert seen == [row for row, found in enumerate(splits) if found == code]
+    assert len(seen) > 30
+
+
+@EVERY_TASK
+def test_training_asks_training_rows_right_after_their_history(
+    scattered: PreparedDataset, name: str
+) -> None:
+    task, _ = _built(_config(name, cuts_per_user=2, targets_per_cut=3), scattered)
+    trained = _parts(
+        scattered.interactions.with_values(torch.arange(len(scattered.split))).filter(
+            scattered.split == 0
+        )
+    )
+    items = scattered.interactions.values
+    asked_rows: set[int] = set()
+    for step in range(60):
+        draw = task.draw(_rows(scattered, [3, -1, 0], step))
+        targets = _parts(draw.lookups["target"].with_values(draw.tensors["interaction"]))
+        histories = _parts(draw.lookups["history"])
+        for user, target, history in zip([3, -1, 0] * 2, targets, histories, strict=True):
+            if user < 0:
+                assert target == history == []
+                continue
+            cut = trained[user].index(target[0])
+            assert target == trained[user][cut : cut + 3]
+            assert history == items[trained[user][max(0, cut - 4) : cut]].tolist()
+            if user == 3:
+                asked_rows |= set(target)
+        assert torch.equal(draw.lookups["target"].values, items[draw.tensors["interaction"]])
+        assert torch.equal(draw.tensors["label"], task.labels[draw.tensors["interaction"]])
+    assert asked_rows == set(trained[3])
+
+
+# --- the head -----------------------------------------------------------------------------------
+
+
+def _perturbed(task: PairTask) -> None:
+    """So that every part of the formula is seen in the result."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+@EVERY_TASK
+@pytest.mark.parametrize("model", list(MODELS))
+def test_predictions_are_the_formula_written_out(
+    scattered: PreparedDataset, name: str, model: str
+) -> None:
+    task, backbone = _built(_config(name, model), scattered)
+    _perturbed(task)
+    asked = held_out_pairs(scattered, "test").select(torch.arange(12))
+    drawn = embedded(task.draw_asked(asked), backbone.items.weight)
+    with torch.no_grad():
+        got = task.predict(backbone, drawn, asked.users)
+        expected = [
+            _written_out(task, backbone, scattered, user, history, row)
+            for user, history, rows in zip(
+                asked.users.tolist(), _parts(asked.history), _parts(asked.targets), strict=True
+            )
+            for row in rows
+        ]
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert min(len(history) for history in _parts(asked.history)) < 3
+
+
+def _written_out(
+    task: PairTask,
+    backbone: Backbone,
+    data: PreparedDataset,
+    user: int,
+    history: list[int],
+    row: int,
+) -> float:
+    """One pair, as the docstring of pair_head has it."""
+    history = history[-backbone.history_length :]
+    items = data.interactions.values
+    ids, target = items[torch.tensor(history, dtype=torch.int64)], items[row : row + 1]
+    table, head, attention = backbone.items.weight, task.head, task.head.attention
+    bias = task.item_bias.weight.squeeze(1)
+    one = torch.tensor([user])
+    user_vector = backbone.encode_users(one, Jagged(table[ids], torch.tensor([0, len(ids)])))[0]
+    item_vector = backbone.encode_items(target, table[target])[0]
+    memory = backbone.encode_items(ids, table[ids])
+    residual = task.labels[torch.tensor(history, dtype=torch.int64)] - task.mean - bias[ids]
+    mean = residual.sum() / (len(history) + 10)
+
+    def likeness(x: Tensor) -> Tensor:
+        return attention.likeness(attention.norm(x))
+
+    logits = likeness(memory) @ likeness(item_vector) / math.sqrt(DIM)
+    share = torch.cat([attention.null, logits]).softmax(0)[1:]
+    echoes = torch.stack([mean, share @ residual])
+    fields = [
+        task.features["user"](one),
+        task.features["item"](target),
+        task.features["interaction"](torch.tensor([row])),
+    ]
+    assert sum(field.shape[1] for field in fields) == len(FEATURES)
+    x = torch.cat(
+        [
+            user_vector,
+            item_vector,
+            user_vector * item_vector,
+            share @ attention.value(memory),
+            torch.cat(fields, dim=1).flatten(),
+            echoes,
+        ]
+    )
+    hidden = F.gelu(head.hidden[0](x))
+    deviation = bias[target[0]] + echoes @ head.echo_weight + head.out(hidden)[0]
+    if task.name == "rating":
+        return float((task.mean + deviation).clamp(1, 5))
+    base = math.log(task.mean / (1 - task.mean))
+    return 1 / (1 + math.exp(-(base + float(deviation) / (task.mean * (1 - task.mean)))))
+
+
+@EVERY_TASK
+def test_a_label_that_is_asked_does_not_reach_its_own_prediction(
+    scattered: PreparedDataset, name: str
+) -> None:
+    task, backbone = _built(_config(name), scattered)
+    _perturbed(task)
+    asked = held_out_pairs(scattered, "test")
+    before = task.predict(
+        backbone, embedded(task.draw_asked(asked), backbone.items.weight), asked.users
+    )
+    task.labels[scattered.split == 2] = 99.0
+    after = task.predict(
+        backbone, embedded(task.draw_asked(asked), backbone.items.weight), asked.users
+    )
+    assert torch.equal(before, after)
+
+
+def test_item_biases_are_shrunk_mean_deviations() -> None:
+    items, labels = torch.tensor([0, 2, 0, 0]), torch.tensor([5.0, 1.0, 4.0, 2.0])
+    mean, biases = item_biases(items, labels, 4, shrinkage=2.0)
+    assert mean == 3.0
+    assert biases.tolist() == pytest.approx([(2 + 1 - 1) / 5, 0, -2 / 3, 0])
+
+
+@EVERY_TASK
+def test_the_biases_alone_are_mean_item_and_user(scattered: PreparedDataset, name: str) -> None:
+    task, _ = _built(_config(name), scattered)
+    asked = held_out_pairs(scattered, "test").select(torch.arange(20))
+    got = task.predict_by_biases(asked).tolist()
+    items, labels = scattered.interactions.values.tolist(), task.labels.tolist()
+    bias = task.item_bias.weight.squeeze(1).tolist()
+    expected = []
+    for history, rows in zip(_parts(asked.history), _parts(asked.targets), strict=True):
+        user = sum(labels[r] - task.mean - bias[items[r]] for r in history) / (len(history) + 10)
+        for row in rows:
+            deviation = bias[items[row]] + user
+            value = task.mean + deviation
+            if name == "ctr":
+                odds = task.mean / (1 - task.mean)
+                odds *= math.exp(deviation / (task.mean * (1 - task.mean)))
+                value = odds / (1 + odds)
+            expected.append(value)
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+# --- labels -------------------------------------------------------------------------------------
+
+
+def test_clicks_are_labels_or_ratings_from_the_threshold_on(cycle: PreparedDataset) -> None:
+    assert cycle.rating is not None
+    clicks = click_labels(CtrConfig(positive_rating=4), cycle)
+    assert torch.equal(clicks, (cycle.rating >= 4).float())
+    given = dataclasses.replace(cycle, label=clicks)
+    assert torch.equal(click_labels(CtrConfig(), given), clicks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "positive_rating", "message"),
+    [
+        ({}, None, r"needs labels; set data\.columns\.label, or positive_rating"),
+        ({"rating": None}, 4.0, r"data\.columns\.rating is not set"),
+        ({"label": 2.0}, None, "labels must be 0 or 1, found 2"),
+        ({"label": 1.0}, None, "every training label is 1"),
+        ({}, 0.5, "every training label is 1"),
+        ({}, 6.0, "every training label is 0"),
+    ],
+)
+def test_labels_that_cannot_be_learned_are_refused(
+    cycle: PreparedDataset, changes: dict[str, Any], positive_rating: float | None, message: str
+) -> None:
+    if isinstance(changes.get("label"), float):
+        changes = {"label": torch.full_like(cycle.split, changes["label"], dtype=torch.float32)}
+    with pytest.raises(ValueError, match=message) as caught:
+        click_labels(
+            CtrConfig(positive_rating=positive_rating), dataclasses.replace(cycle, **changes)
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_rating_without_ratings_is_refused(cycle: PreparedDataset) -> None:
+    with pytest.raises(ValueError, match=r"data\.columns\.rating is not set"):
+        build_task(_config("rating"), "rating", dataclasses.replace(cycle, rating=None))
+
+
+# --- learning -----------------------------------------------------------------------------------
+
+
+@EVERY_TASK
+@pytest.mark.parametrize("model", list(MODELS))
+def test_it_lowers_its_own_loss(
+    cycle_with_features: PreparedDataset,
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    model: str,
+) -> None:
+    monkeypatch.setattr(losses, "EPOCHS", 25)  # of four steps
+    task = {"batch_size": 10, "learning_rate": 0.01, "warmup_steps": 0, "cuts_per_user": 2}
+    config = _config(name, model, **task)
+    found = losses.train(config.model_dump(mode="json"), cycle_with_features, ranks)["losses"]
+    means = torch.tensor(found).view(25, 4).mean(1)
+    # The labels are chance, so this is learned by heart.
+    assert means[-2:].mean() < 0.9 * means[:2].mean(), means
+
+
+def test_blocks_of_any_size_predict_the_same(scattered: PreparedDataset, ranks: Ranks) -> None:
+    task, backbone = _built(_config("rating"), scattered)
+    _perturbed(task)
+
+    @dataclasses.dataclass
+    class Holder:
+        backbone: Backbone
+
+    asked = held_out_pairs(scattered, "test")
+    whole, cut = (
+        predict_pairs(Holder(backbone), task, asked, ranks, size)  # type: ignore[arg-type]
+        for size in (1000, 7)
+    )
+    torch.testing.assert_close(cut, whole)
+    assert len(whole) == int((scattered.split == 2).sum())

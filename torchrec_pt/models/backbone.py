@@ -1,0 +1,55 @@
+"""The face that every backbone shows to objectives, tasks, evaluation and export."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from torchrec_pt.config import BackboneConfig
+from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.models.item_table import ItemTable
+from torchrec_pt.rng import RowNoise
+
+
+class Backbone(nn.Module, ABC):
+    """Vectors of users and items whose inner product ranks.
+
+    Attributes:
+        items: the item table. Callers look it up once a step and hand in the rows.
+        history_length: newest items of a history that `encode_users` reads; callers cut.
+    """
+
+    def __init__(self, config: BackboneConfig, history_length: int, num_items: int) -> None:
+        super().__init__()
+        self.dim = config.dim
+        self.history_length = history_length
+        self.items = ItemTable(num_items, config.dim)
+
+    @abstractmethod
+    def encode_items(self, ids: Tensor, rows: Tensor) -> Tensor:
+        """(N, D) item vectors.
+
+        Args:
+            ids: (N,) int64 dense item ids.
+            rows: (N, D) their rows of the item table.
+        """
+
+    @abstractmethod
+    def encode_users(
+        self,
+        users: Tensor,
+        history: Jagged,
+        noise: RowNoise | None = None,
+        *,
+        is_masked: Tensor | None = None,
+    ) -> Tensor:
+        """(R, D): what a user with this history takes next.
+
+        Args:
+            users: (R,) int64 dense user ids; −1 for somebody of whom nothing else is known.
+            history: R rows of item table rows (T, D), oldest first, at most `history_length`
+                each; a row may be empty.
+            noise: dropout's randomness, one row a user; None for no dropout.
+            is_masked: (T,) bool, items of the history to hide.
+        """

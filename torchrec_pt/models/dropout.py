@@ -1,0 +1,31 @@
+"""Dropout whose randomness belongs to the row, not to the batch or the rank."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from torchrec_pt import rng
+from torchrec_pt.rng import RowNoise
+
+
+class RowDropout:
+    """Dropout of (T, D) activations, D a multiple of 4; each call is a new site.
+
+    Args:
+        noise: None drops nothing.
+        row: (T,) int64, the row of `noise` that each activation belongs to.
+        slot: (T,) int64, tells apart the activations of one row.
+    """
+
+    def __init__(
+        self, p: float, noise: RowNoise | None, name: str, row: Tensor, slot: Tensor
+    ) -> None:
+        self.p = p
+        self.site = 0
+        self.bits = noise.token_bits(name, row, slot) if noise is not None and p > 0 else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bits is None:
+            return x
+        self.site += 1
+        return rng.dropout(x, self.p, self.bits, self.site)

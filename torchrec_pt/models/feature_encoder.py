@@ -1,0 +1,92 @@
+"""One vector for each feature of an entity: tables for categories, linear layers for numbers."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_pt.data.entity_features import UNKNOWN, EntityFeatures
+from torchrec_pt.data.jagged import Jagged
+
+
+class FeatureEncoder(nn.Module):
+    """A categorical cell is the mean of its values' rows in a TorchRec table.
+
+    Tables and layers are named after their columns, `user.gender` as `user_gender`. The features
+    themselves are buffers that checkpoints leave out: the prepared dataset holds them.
+    """
+
+    def __init__(self, features: EntityFeatures, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_fields = len(features.categorical) + len(features.dense)
+        self._tables = {c: _module_name(features.of, c) for c in features.categorical}
+        self._layers = {c: _module_name(features.of, c) for c in features.dense}
+        self.tables: EmbeddingBagCollection | None = None
+        if self._tables:
+            configs = [
+                EmbeddingBagConfig(
+                    name=name,
+                    num_embeddings=features.num_values[column],
+                    embedding_dim=dim,
+                    feature_names=[name],
+                    pooling=PoolingType.MEAN,
+                )
+                for column, name in self._tables.items()
+            ]
+            self.tables = EmbeddingBagCollection(tables=configs, device=torch.device("cpu"))
+            for weight in self.tables.parameters():
+                nn.init.normal_(weight, std=0.02)
+        self.layers = nn.ModuleDict(
+            {
+                self._layers[column]: nn.Linear(values.shape[1], dim)
+                for column, values in features.dense.items()
+            }
+        )
+        for column, name in self._tables.items():
+            jagged = features.categorical[column]
+            self.register_buffer(f"{name}_values", jagged.values, persistent=False)
+            self.register_buffer(f"{name}_offsets", jagged.offsets, persistent=False)
+        for column, name in self._layers.items():
+            self.register_buffer(f"{name}_dense", features.dense[column], persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, num_fields, dim) of entities (B,) int64; of −1 nothing is known."""
+        if not len(ids):  # TorchRec wants a row; DDP wants every parameter used
+            return self(ids.new_full((1,), -1))[:0]
+        fields: list[Tensor] = []
+        if self.tables is not None:
+            cells = [self._cells(name, ids) for name in self._tables.values()]
+            bags = KeyedJaggedTensor(
+                keys=list(self._tables.values()),
+                values=torch.cat([cell.values for cell in cells]),
+                lengths=torch.cat([cell.lengths for cell in cells]),
+            )
+            fields.append(self.tables(bags).values().unflatten(1, (-1, self.dim)))
+        is_known = (ids >= 0).unsqueeze(1)
+        for name, layer in self.layers.items():
+            values = torch.where(is_known, self.get_buffer(f"{name}_dense")[ids.clamp(min=0)], 0.0)
+            fields.append(layer(values).unsqueeze(1))
+        if not fields:
+            return torch.zeros(len(ids), 0, self.dim, device=ids.device)
+        return torch.cat(fields, dim=1)
+
+    def _cells(self, name: str, ids: Tensor) -> Jagged:
+        """The vocabulary ids of each entity's cell."""
+        values, offsets = self.get_buffer(f"{name}_values"), self.get_buffer(f"{name}_offsets")
+        # One row more, for −1.
+        nobody = torch.cat([offsets, offsets[-1:] + 1])
+        unknown = torch.full_like(values[:1], UNKNOWN)
+        every = Jagged(torch.cat([values, unknown]), nobody)
+        return every.select(torch.where(ids < 0, every.num_rows - 1, ids))
+
+
+def _module_name(of: str, column: str) -> str:
+    """A name that a module may bear, another one for every column: odd characters are encoded."""
+    odd = re.sub(r"[^\w-]", lambda found: f"%{ord(found[0]):X}%", column)
+    return f"{of}_{odd}"

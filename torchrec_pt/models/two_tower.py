@@ -1,0 +1,82 @@
+"""Two towers: one for users, from their features and pooled history, one for items.
+
+Covington, Adams, Sargin 2016 (YouTube, section 3: a history as the mean of its item
+embeddings) and Yi et al. 2019 (two towers joined by an inner product). Each tower adds to its
+base, the pooled history or the item's row, what an MLP makes of base and features, so that
+without features it is matrix factorization to begin with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchrec_pt.config import TwoTowerConfig
+from torchrec_pt.data.entity_features import EntityFeatures
+from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.models.backbone import Backbone
+from torchrec_pt.models.dropout import RowDropout
+from torchrec_pt.models.feature_encoder import FeatureEncoder
+from torchrec_pt.rng import RowNoise
+
+
+class TwoTower(Backbone):
+    def __init__(
+        self,
+        config: TwoTowerConfig,
+        num_items: int,
+        user_features: EntityFeatures,
+        item_features: EntityFeatures,
+    ) -> None:
+        super().__init__(config, config.history_length, num_items)
+        self.dropout = config.dropout
+        self.user_features = FeatureEncoder(user_features, config.dim)
+        self.item_features = FeatureEncoder(item_features, config.dim)
+        self.user_tower = Tower(config.dim, self.user_features.num_fields, config.hidden_dims)
+        self.item_tower = Tower(config.dim, self.item_features.num_fields, config.hidden_dims)
+
+    def encode_items(self, ids: Tensor, rows: Tensor) -> Tensor:
+        return self.item_tower(rows, self.item_features(ids))
+
+    def encode_users(
+        self,
+        users: Tensor,
+        history: Jagged,
+        noise: RowNoise | None = None,
+        *,
+        is_masked: Tensor | None = None,
+    ) -> Tensor:
+        if is_masked is not None:
+            history = history.filter(~is_masked)
+        place = torch.arange(len(users), device=users.device)
+        drop = RowDropout(self.dropout, noise, "two_tower.dropout", place, 0 * place)
+        return self.user_tower(drop(mean_of_rows(history)), self.user_features(users), drop)
+
+
+class Tower(nn.Module):
+    """base + MLP(base, fields)."""
+
+    def __init__(self, dim: int, num_fields: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        widths = [(1 + num_fields) * dim, *hidden_dims]
+        self.hidden = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
+        self.out = nn.Linear(widths[-1], dim)
+
+    def forward(
+        self, base: Tensor, fields: Tensor, drop: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> Tensor:
+        """base (B, D), fields (B, F, D) -> (B, D)"""
+        x = torch.cat([base, fields.flatten(1)], dim=1)
+        for layer in self.hidden:
+            x = drop(F.gelu(layer(x)))
+        return base + self.out(x)
+
+
+def mean_of_rows(jagged: Jagged) -> Tensor:
+    """(R, …) mean of each row's values (T, …); zeros for an empty row."""
+    sums = torch.segment_reduce(jagged.values, "sum", offsets=jagged.offsets, initial=0.0)
+    return sums / jagged.lengths.clamp(min=1).view(-1, *[1] * (jagged.values.dim() - 1))

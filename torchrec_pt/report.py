@@ -1,0 +1,256 @@
+"""<run_dir>/report.html: did pretraining pay? One page that needs no other file and no network."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cycler import cycler
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from torchrec_pt.files import fsync
+from torchrec_pt.metrics import LOSSES
+from torchrec_pt.runs import StageResult, load_result
+
+TASKS = ("ranking", "ctr", "rating")
+
+# Tones that can be read on white and on near-black; the template gives text the page's colour.
+GREY = "#808080"
+VERDICT_COLORS = {"better": "#2e9e6b", "worse": "#d1495b", "no clear difference": GREY}
+LINES = cycler(color=["#3b82c4", "#e07b1a", "#2e9e6b", "#9b6fd0"], linestyle=["-", "--", "-.", ":"])
+FIGURE_STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "torchrec_pt",  # ids that are the same every time
+    "text.parse_math": False,
+    "figure.constrained_layout.wspace": 0.06,
+    "axes.prop_cycle": LINES,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GREY),
+}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write <run_dir>/report.html from what the run has left so far, and name what is missing.
+
+    Training is shown for the tasks that config.json asks for, test metrics for those evaluated.
+
+    Raises:
+        ValueError: run_dir holds no config.json.
+    """
+    config = _read_object(run_dir / "config.json")
+    if config is None:
+        raise ValueError(f"{run_dir}: holds no run; give the run_dir of a torchrec-pt run")
+    stages = _load_stages(run_dir, config)
+    finished = [result for arms in stages.values() for result in arms.values() if result]
+    evaluation = _read_object(run_dir / "evaluate" / "result.json") or {}
+    evaluated = {task: evaluation[task] for task in TASKS if task in evaluation}
+    comparisons = {task: _compare(task, **found) for task, found in evaluated.items()}
+    environment = Environment(
+        loader=PackageLoader("torchrec_pt"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["number"] = _number
+    page = environment.get_template("report.html.j2").render(
+        name=run_dir.resolve().name,
+        config=config,
+        config_text=json.dumps(config, indent=2, ensure_ascii=False),
+        stages=stages,
+        seconds=sum(result.values["seconds"] for result in finished),
+        comparisons=comparisons,
+        forest=_draw_forest([one for each in comparisons.values() for one in each]),
+        models={task: found["metrics"] for task, found in evaluated.items()},
+        best={task: _best_values(found["metrics"]) for task, found in evaluated.items()},
+        smaller_is_better=LOSSES,
+        curves={name: _draw_curves(name, arms) for name, arms in stages.items()},
+    )
+    path = run_dir / "report.html"
+    _write_text(path, page)
+    return path
+
+
+# --- what the run left --------------------------------------------------------------------------
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+Arms = Mapping[str, StageResult | None]
+
+
+def _load_stages(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Arms]:
+    """Title -> arm -> result of each configured training, None where it is not finished."""
+    stages: dict[str, Arms] = {}
+    if config["pretrain"] is not None:
+        stages["pretraining"] = {"pretraining": load_result(run_dir / "pretrain")}
+    for task in TASKS:
+        if config["finetune"].get(task) is not None:
+            folder = run_dir / "finetune" / task
+            stages[task] = {arm: load_result(folder / arm) for arm in ("pretrained", "scratch")}
+    return stages
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One test metric of the pretrained model and of its control.
+
+    Attributes:
+        difference: pretrained − scratch, in the metric's own unit.
+        half_width: of the 95 % interval of the difference.
+    """
+
+    task: str
+    metric: str
+    scratch: float
+    pretrained: float
+    difference: float
+    half_width: float
+
+    @property
+    def gain(self) -> float:
+        """The difference, positive where pretraining is better."""
+        return -self.difference if self.metric in LOSSES else self.difference
+
+    @property
+    def verdict(self) -> str:
+        if not math.isfinite(self.difference + self.half_width):
+            return "undefined"
+        if abs(self.difference) <= self.half_width:
+            return "no clear difference"
+        return "better" if self.gain > 0 else "worse"
+
+
+Metrics = Mapping[str, Mapping[str, float]]
+
+
+def _compare(
+    task: str, metrics: Metrics, control: Mapping[str, tuple[float, float]]
+) -> list[Comparison]:
+    return [
+        Comparison(task, metric, metrics["scratch"][metric], metrics["fine-tuned"][metric], *pair)
+        for metric, pair in control.items()
+    ]
+
+
+def _best_values(metrics: Metrics) -> dict[str, float]:
+    """Metric -> its best value over the models, in the order in which metrics are met."""
+    columns: dict[str, list[float]] = {}
+    for values in metrics.values():
+        for metric, value in values.items():
+            columns.setdefault(metric, []).append(value)
+    return {metric: _best(metric, values) for metric, values in columns.items()}
+
+
+def _best(metric: str, values: Iterable[float]) -> float:
+    choose = min if metric in LOSSES else max
+    return choose(filter(math.isfinite, values), default=math.nan)
+
+
+def _number(value: float, sign: str = "-") -> str:
+    """Four decimals; sign "+" also marks positive numbers."""
+    return f"{value:{sign}.4f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def _draw_forest(comparisons: list[Comparison]) -> Markup | None:
+    """Gains in percent of scratch, which puts metrics of different scales on one axis."""
+    drawn = [one for one in comparisons if one.scratch and one.verdict in VERDICT_COLORS]
+    if not drawn:
+        return None
+    with style.context(["default", FIGURE_STYLE]):
+        figure = Figure(figsize=(7.5, 0.7 + 0.27 * len(drawn)), layout="constrained")
+        axes = figure.subplots()
+        axes.axvline(0, color=GREY, linestyle="-", linewidth=1)
+        for row, one in enumerate(drawn):
+            gain, half_width = (100 * x / abs(one.scratch) for x in (one.gain, one.half_width))
+            color = VERDICT_COLORS[one.verdict]
+            axes.errorbar(gain, row, xerr=half_width, fmt="o", capsize=3, color=color)
+        axes.set_yticks(range(len(drawn)), [f"{one.task} {one.metric}" for one in drawn])
+        axes.set_ylim(len(drawn) - 0.5, -0.5)
+        axes.set_xlabel("gain over scratch in % (right of 0: pretraining is better)")
+        return _svg(figure, "forest")
+
+
+def _draw_curves(name: str, arms: Arms) -> Markup | None:
+    """Training loss and monitored metric by epoch; None if no arm is finished."""
+    finished = {arm: result for arm, result in arms.items() if result}
+    if not finished:
+        return None
+    with style.context(["default", FIGURE_STYLE]):
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        loss, valid = figure.subplots(1, 2, sharex=True)
+        for arm, result in finished.items():
+            losses = (name for point in result.values["curve"] for name in point["losses"])
+            for objective in dict.fromkeys(losses):
+                label = arm if len(arms) > 1 else objective
+                loss.plot(*_points(result, "losses", objective), marker=".", label=label)
+            _plot_monitored(valid, arm, result)
+        loss.set_ylabel("training loss")
+        for axes in (loss, valid):
+            axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if axes.lines:
+                axes.legend(loc="lower left", bbox_to_anchor=(0, 1))
+        return _svg(figure, name)
+
+
+def _plot_monitored(axes: Axes, arm: str, result: StageResult) -> None:
+    metric = result.values.get("monitor", "ndcg@10")
+    epochs, values = _points(result, "metrics", metric)
+    best = _best(metric, values)
+    axes.set_ylabel(f"{metric} on validation")
+    if math.isfinite(best):
+        at = values.index(best)
+        (line,) = axes.plot(epochs, values, marker=".")
+        line.set_label(f"{arm}: best {_number(best)} at epoch {epochs[at]}")
+        color = line.get_color()
+        axes.plot(epochs[at], best, "o", markersize=11, markerfacecolor="none", color=color)
+
+
+def _points(result: StageResult, kind: str, name: str) -> tuple[list[int], list[float]]:
+    points = [point for point in result.values["curve"] if name in point[kind]]
+    return [point["epoch"] for point in points], [point[kind][name] for point in points]
+
+
+def _svg(figure: Figure, name: str) -> Markup:
+    """The figure as an element of the page, with ids that no other figure has."""
+    file = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]  # an XML head has no place within HTML
+    return Markup(re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", text))
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write aside and rename, so that a page that exists is whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    fsync(partial)
+    partial.rename(path)

@@ -1,0 +1,156 @@
+"""One training stage: built, trained and recorded, unless that was done before."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from rich.console import Console
+from torch import nn
+
+from torchrec_pt.build import build_learner
+from torchrec_pt.config import RunConfig, TrainConfig
+from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.loader import HistoryLoader
+from torchrec_pt.distributed import Ranks, joined_ranks
+from torchrec_pt.files import write_json
+from torchrec_pt.optim import Optimizers
+from torchrec_pt.runs import StageResult, load_result
+from torchrec_pt.train import Trainer
+from torchrec_pt.transfer import load_pretrained
+from torchrec_pt.validation import monitor_of, validation
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage works with: the run's settings, this process among its peers, and a screen.
+
+    Attributes:
+        console: None on every rank but the first.
+    """
+
+    config: RunConfig
+    ranks: Ranks
+    console: Console | None
+
+    def say(self, text: str) -> None:
+        if self.console is not None:
+            self.console.print(text, highlight=False)
+
+
+@contextmanager
+def entered(config: RunConfig, console: Console | None) -> Iterator[Stage]:
+    """Join the ranks and leave the resolved configuration in the run's folder."""
+    with joined_ranks() as ranks:
+        if ranks.is_first:
+            write_json(config.run_dir / "config.json", config.model_dump(mode="json"))
+        yield Stage(config, ranks, console if ranks.is_first else None)
+
+
+def train_stage(
+    stage: Stage,
+    dataset: PreparedDataset,
+    *,
+    name: str,
+    folder: str,
+    train: TrainConfig,
+    objectives: Sequence[nn.Module],
+    start_from: StageResult | None,
+) -> StageResult:
+    """Train from the initial values, or from those of an earlier stage.
+
+    Args:
+        folder: inside the run's.
+    Raises:
+        TrainingError: the loss became NaN or infinite.
+        ValueError: nothing to validate on, or nothing in common with the earlier stage.
+    """
+    config, ranks = stage.config, stage.ranks
+    start = start_from.fingerprint if start_from is not None else None
+    fingerprint = _fingerprint(config, dataset, train, start)
+    monitor = monitor_of(objectives)
+    path = config.run_dir / folder
+    finished = load_result(path)
+    if finished is not None and finished.fingerprint == fingerprint:
+        best = finished.metrics[monitor]
+        stage.say(f"{name}: done before; valid {monitor} {best:.4f}")
+        return finished
+
+    started_at = time.monotonic()
+    built = build_learner(config, train, objectives, dataset, ranks)
+    if start_from is not None:
+        stage.say(f"{name}: {load_pretrained(start_from.checkpoint, built.model)}")
+    loader = HistoryLoader(
+        dataset.history("train"),
+        batch_size=train.batch_size,
+        max_length=config.model.max_length,
+        seed=config.seed,
+        ranks=ranks,
+    )
+    optimizers = Optimizers(
+        built.model, train, built.placement, train.epochs * loader.steps_per_epoch
+    )
+    trainer = Trainer(
+        built.model,
+        built.learner,
+        optimizers,
+        loader,
+        train,
+        name=name,
+        monitor=monitor,
+        folder=path,
+        fingerprint=fingerprint,
+        ranks=ranks,
+        console=stage.console,
+    )
+    position = trainer.run(validation(config, dataset, built.learner, ranks))
+    result = StageResult(
+        path,
+        fingerprint,
+        {
+            "checkpoint": str(trainer.best_checkpoint.relative_to(path)),
+            "monitor": monitor,
+            "metrics": trainer.best["metrics"],
+            "curve": position.curve,
+            "seconds": time.monotonic() - started_at,
+        },
+    )
+    if ranks.is_first:
+        result.save()
+    dist.barrier()
+    return result
+
+
+def finished_stages(config: RunConfig, dataset: PreparedDataset) -> dict[str, StageResult]:
+    """Folder -> result of every training stage that this configuration and data have done."""
+    expected: dict[str, str] = {}
+    if config.pretrain is not None:
+        expected["pretrain"] = _fingerprint(config, dataset, config.pretrain, None)
+    for task, train in config.finetune.tasks.items():
+        start = expected.get("pretrain")
+        expected[f"finetune/{task}/pretrained"] = _fingerprint(config, dataset, train, start)
+        expected[f"finetune/{task}/scratch"] = _fingerprint(config, dataset, train, None)
+    results = {folder: load_result(config.run_dir / folder) for folder in expected}
+    return {
+        folder: result
+        for folder, result in results.items()
+        if result is not None and result.fingerprint == expected[folder]
+    }
+
+
+def _fingerprint(
+    config: RunConfig, dataset: PreparedDataset, train: TrainConfig, start: str | None
+) -> str:
+    """Names everything that a training stage's result depends on; `start`: where it starts from."""
+    parts = (
+        dataset.manifest.fingerprint,
+        config.model.digest(),
+        train.digest(),
+        config.seed,
+        start,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
