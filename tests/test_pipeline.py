@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
+from rich.console import Console
 
 from tests.conftest import tiny_config
-from torchrec_pt import Recommender, checkpoint, cli, pipeline
+from torchrec_pt import Recommender, checkpoint, cli, export_embeddings, pipeline
 from torchrec_pt.build import Built, build_learner
-from torchrec_pt.config import RunConfig, TrainConfig
+from torchrec_pt.config import Contrastive, RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import join_ranks
 from torchrec_pt.runs import load_result
 from torchrec_pt.transfer import load_pretrained
+
+PAIRS = {"epochs": 2, "batch_size": 10, "warmup_steps": 0, "control": "scratch"}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +45,12 @@ def finished(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
                 "learning_rate": 0.01,
                 "targets_per_user": 4,
                 "control": "scratch",
-            }
+            },
+            "ctr": {**PAIRS, "positive_rating": 3},
+            "rating": PAIRS,
         },
-        evaluate={"ks": [1, 10], "baselines": ["popularity", "item_knn"]},
+        evaluate={"ks": [1, 10], "baselines": ["popularity", "item_knn", "biases"]},
+        export={"formats": ["parquet", "npy"]},
     ).model_copy(update={"run_dir": tmp_path_factory.mktemp("finished")})
     pipeline.run(config)
     return config
@@ -58,6 +67,60 @@ def test_the_table_has_every_model_and_the_fine_tuned_one_learned_the_circle(
     difference, _ = written["ranking"]["control"]["ndcg@10"]
     gap = metrics["fine-tuned"]["ndcg@10"] - metrics["scratch"]["ndcg@10"]
     assert difference == pytest.approx(gap)
+
+
+def test_every_task_has_its_control_and_their_paired_difference(finished: RunConfig) -> None:
+    written = json.loads((finished.run_dir / "evaluate/result.json").read_text())
+    assert list(written) == ["ranking", "ctr", "rating"]
+    for task, metric_names in (("ctr", ["auc", "logloss"]), ("rating", ["rmse", "mae"])):
+        metrics, control = written[task]["metrics"], written[task]["control"]
+        assert list(metrics) == ["biases", "scratch", "fine-tuned"]
+        for name in metric_names:
+            difference, half_width = control[name]
+            assert difference == pytest.approx(
+                metrics["fine-tuned"][name] - metrics["scratch"][name]
+            )
+            assert half_width > 0
+
+
+def test_predictions_are_kept_beside_the_labels_of_the_input_file(
+    finished: RunConfig, cycle_folder: Path
+) -> None:
+    log = pl.read_csv(cycle_folder / "log.tsv", separator="\t")
+    last = log.group_by("user_id", maintain_order=True).last()
+    for task, label in (("rating", pl.col("rating")), ("ctr", pl.col("rating") >= 3)):
+        found = pl.read_parquet(finished.run_dir / f"evaluate/{task}.parquet").sort("user")
+        expected = last.select(user="user_id", item="item_id", label=label.cast(pl.Float32)).sort(
+            "user"
+        )
+        assert found.select("user", "item", "label").equals(expected)
+        assert found.select("biases", "scratch", "fine-tuned").null_count().sum_horizontal()[0] == 0
+
+
+def test_the_report_is_written(finished: RunConfig) -> None:
+    page = (finished.run_dir / "report.html").read_text()
+    for words in ("ranking", "ctr", "rating", "item-kNN", "<svg"):
+        assert words in page
+
+
+def test_numpy_files_hold_what_the_parquet_files_do(finished: RunConfig) -> None:
+    for what in ("items", "users"):
+        folder = finished.run_dir / "export"
+        expected = pl.read_parquet(folder / f"{what}.parquet")
+        vectors = np.load(folder / f"{what}.npy", mmap_mode="r")
+        ids = np.load(folder / f"{what}_ids.npy", allow_pickle=False)
+        assert ids.tolist() == expected["id"].to_list()
+        assert vectors.dtype == np.float32
+        assert np.array_equal(vectors, expected["embedding"].to_numpy())
+
+
+def test_one_export_from_python_goes_where_it_is_asked(finished: RunConfig, tmp_path: Path) -> None:
+    path = export_embeddings(finished.run_dir, "items", format="npy", out=tmp_path / "vectors")
+    assert path == tmp_path / "vectors/items.npy"
+    assert sorted(file.name for file in path.parent.iterdir()) == ["items.npy", "items_ids.npy"]
+    assert np.array_equal(np.load(path), np.load(finished.run_dir / "export/items.npy"))
+    with pytest.raises(ValueError, match="holds no run"):
+        export_embeddings(tmp_path, "items")
 
 
 def test_exported_embeddings_bear_the_ids_of_the_input_file(
@@ -126,6 +189,30 @@ def test_fine_tuning_loads_every_parameter_of_the_backbone(finished: RunConfig) 
     assert report.loaded == sorted(name for name in held if name.startswith("model."))
     assert not report.new
     assert not report.dropped
+
+
+def test_what_was_loaded_is_new_and_was_dropped_is_said(
+    finished: RunConfig, tmp_path: Path
+) -> None:
+    pretrain = finished.pretrain
+    assert pretrain is not None
+    objective = Contrastive(name="contrastive", pairs="user_item")
+    config = finished.model_copy(
+        update={
+            "run_dir": tmp_path,
+            "pretrain": pretrain.model_copy(update={"epochs": 0, "objectives": (objective,)}),
+        }
+    )
+    screen = io.StringIO()
+    console = Console(file=screen, soft_wrap=True)
+    pipeline.prepare(config)
+    pipeline.pretrain(config)
+    pipeline.finetune(config, console)
+    said = screen.getvalue()
+    assert re.search(r"ctr \(pretrained\): loaded \d+ \(model\.backbone\.", said)
+    assert "model.objectives.ctr.head" in said
+    assert "dropped 1 (model.objectives.contrastive.log_temperature)" in said
+    assert "(scratch): loaded" not in said
 
 
 def test_transfer_refuses_another_shape_and_another_model(finished: RunConfig) -> None:

@@ -103,7 +103,7 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def written_metrics(run: Path) -> dict[str, Any]:
-    return dict(json.loads((run / "evaluate/result.json").read_text())["metrics"])
+    return dict(json.loads((run / "evaluate/result.json").read_text())["ranking"]["metrics"])
 
 
 def test_a_local_job_gives_the_metrics_of_torchrun(folder: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_local_job_gives_the_metrics_of_torchrun(folder: Path) -> None:
     for line in (
         f"Ray {version('ray')}: 2 workers on CPUs; dashboard: http://127.0.0.1:",
         "prepare: 37 users, 30 items",
-        "Test items ranked over the full catalogue",
+        "On the test split",
         "Recommended to user u0",
         "all of it is in run/",
     ):
