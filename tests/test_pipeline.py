@@ -209,9 +209,14 @@ def test_what_was_loaded_is_new_and_was_dropped_is_said(
     pipeline.pretrain(config)
     pipeline.finetune(config, console)
     said = screen.getvalue()
-    assert re.search(r"ctr \(pretrained\): loaded \d+ \(model\.backbone\.", said)
-    assert "model.objectives.ctr.head" in said
-    assert "dropped 1 (model.objectives.contrastive.log_temperature)" in said
+    loaded = r"loaded (\d+) \(backbone \1\) tensors; "
+    for task, new in (("ctr", r"(\d+) \(ctr \2\)"), ("ranking", "0")):
+        line = rf"{task} \(pretrained\): {loaded}new {new}; dropped 1 \(contrastive 1\)"
+        assert re.search(line, said), said
+    kept = load_result(tmp_path / "finetune/ctr/pretrained")
+    assert kept is not None
+    assert "model.objectives.ctr.item_bias.weight" in kept.values["transfer"]["new"]
+    assert kept.values["transfer"]["dropped"] == ["model.objectives.contrastive.log_temperature"]
     assert "(scratch): loaded" not in said
 
 

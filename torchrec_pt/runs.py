@@ -3,9 +3,11 @@
 <run_dir>/prepared/            the prepared dataset
 <run_dir>/config.json          the resolved configuration
 <run_dir>/pretrain/            checkpoints/, tensorboard/, result.json
-<run_dir>/finetune/ranking/    pretrained/ and scratch/, each like pretrain/
-<run_dir>/evaluate/            result.json, users.parquet (the metrics of each user)
-<run_dir>/export/              items.parquet, users.parquet
+<run_dir>/finetune/<task>/     pretrained/ and scratch/, each like pretrain/
+<run_dir>/evaluate/            result.json; ranking.parquet (metrics of each user), ctr.parquet and
+                               rating.parquet (each test interaction with its predictions)
+<run_dir>/export/              items and users, .parquet or .npy
+<run_dir>/report.html          all of it on one page
 """
 
 from __future__ import annotations

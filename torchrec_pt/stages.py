@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 from rich.console import Console
@@ -82,8 +82,11 @@ def train_stage(
 
     started_at = time.monotonic()
     built = build_learner(config, train, objectives, dataset, ranks)
+    transfer: dict[str, list[str]] = {}
     if start_from is not None:
-        stage.say(f"{name}: {load_pretrained(start_from.checkpoint, built.model)}")
+        report = load_pretrained(start_from.checkpoint, built.model)
+        stage.say(f"{name}: {report}")
+        transfer = asdict(report)
     loader = HistoryLoader(
         dataset.history("train"),
         batch_size=train.batch_size,
@@ -116,6 +119,7 @@ def train_stage(
             "monitor": monitor,
             "metrics": trainer.best["metrics"],
             "curve": position.curve,
+            "transfer": transfer,
             "seconds": time.monotonic() - started_at,
         },
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,22 @@ class TransferReport:
     dropped: list[str]
 
     def __str__(self) -> str:
+        """By module: "loaded 29 (backbone 29) tensors; new 14 (ctr 14); dropped 0"."""
+
         def count(names: list[str]) -> str:
-            listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            modules = Counter(_module_of(name) for name in names)
+            listed = ", ".join(f"{module} {num}" for module, num in modules.items())
             return f"{len(names)} ({listed})" if names else "0"
 
-        return f"loaded {count(self.loaded)}; new {count(self.new)}; dropped {count(self.dropped)}"
+        return (
+            f"loaded {count(self.loaded)} tensors; new {count(self.new)}; "
+            f"dropped {count(self.dropped)}"
+        )
+
+
+def _module_of(tensor: str) -> str:
+    """model.backbone.… -> backbone, model.objectives.ctr.… -> ctr"""
+    return tensor.removeprefix("model.").removeprefix("objectives.").split(".")[0]
 
 
 def load_pretrained(path: Path, model: DistributedModelParallel) -> TransferReport:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.manifest import FeatureSummary
 
@@ -38,10 +39,18 @@ class EntityFeatures:
 
 
 def load_entity_features(dataset: PreparedDataset, of: Of) -> EntityFeatures:
-    """What the prepared dataset knows of every user, item or interaction."""
-    tables = {"user": dataset.users, "item": dataset.items}
-    table = tables.get(of, dataset.interaction_features)
-    vocabulary = pl.read_parquet(dataset.path / "vocabulary.parquet")
+    """What the prepared dataset knows of every user, item or interaction.
+
+    Raises:
+        DataError: a vocabulary that cannot be read.
+    """
+    # Without feature columns the interactions' table has no height either.
+    table, num_rows = {
+        "user": (dataset.users, dataset.num_users),
+        "item": (dataset.items, dataset.num_items),
+        "interaction": (dataset.interaction_features, len(dataset.split)),
+    }[of]
+    vocabulary = _read_vocabulary(dataset)
     categorical: dict[str, Jagged] = {}
     num_values: dict[str, int] = {}
     dense: dict[str, Tensor] = {}
@@ -60,7 +69,17 @@ def load_entity_features(dataset: PreparedDataset, of: Of) -> EntityFeatures:
             dense[name] = _vectors(table[name], summary.dim)
         else:
             skipped.append(name)
-    return EntityFeatures(of, table.height, categorical, num_values, dense, tuple(skipped))
+    return EntityFeatures(of, num_rows, categorical, num_values, dense, tuple(skipped))
+
+
+def _read_vocabulary(dataset: PreparedDataset) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(dataset.path / "vocabulary.parquet")
+    except (pl.exceptions.PolarsError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{dataset.path}: damaged, {reason}; remove the folder and prepare it again"
+        ) from None
 
 
 def _ids(cells: pl.Series, known: pl.DataFrame) -> Jagged:

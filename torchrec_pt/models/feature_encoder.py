@@ -18,7 +18,8 @@ class FeatureEncoder(nn.Module):
     """A categorical cell is the mean of its values' rows in a TorchRec table.
 
     Tables and layers are named after their columns, `user.gender` as `user_gender`. The features
-    themselves are buffers that checkpoints leave out: the prepared dataset holds them.
+    themselves are buffers that checkpoints leave out: the prepared dataset holds them. Their row
+    0 is an entity of which nothing is known, so that row i + 1 is entity i.
     """
 
     def __init__(self, features: EntityFeatures, dim: int) -> None:
@@ -48,42 +49,38 @@ class FeatureEncoder(nn.Module):
                 for column, values in features.dense.items()
             }
         )
+        unknown = Jagged(torch.tensor([UNKNOWN]), torch.tensor([0, 1]))
         for column, name in self._tables.items():
-            jagged = features.categorical[column]
-            self.register_buffer(f"{name}_values", jagged.values, persistent=False)
-            self.register_buffer(f"{name}_offsets", jagged.offsets, persistent=False)
+            cells = Jagged.stack([unknown, features.categorical[column]])
+            self.register_buffer(f"{name}_values", cells.values, persistent=False)
+            self.register_buffer(f"{name}_offsets", cells.offsets, persistent=False)
         for column, name in self._layers.items():
-            self.register_buffer(f"{name}_dense", features.dense[column], persistent=False)
+            values = features.dense[column]
+            values = torch.cat([values.new_zeros(1, values.shape[1]), values])
+            self.register_buffer(f"{name}_dense", values, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, num_fields, dim) of entities (B,) int64; of −1 nothing is known."""
         if not len(ids):  # TorchRec wants a row; DDP wants every parameter used
             return self(ids.new_full((1,), -1))[:0]
+        rows = ids.clamp(min=-1) + 1
         fields: list[Tensor] = []
         if self.tables is not None:
-            cells = [self._cells(name, ids) for name in self._tables.values()]
+            cells = [self._cells(name).select(rows) for name in self._tables.values()]
             bags = KeyedJaggedTensor(
                 keys=list(self._tables.values()),
                 values=torch.cat([cell.values for cell in cells]),
                 lengths=torch.cat([cell.lengths for cell in cells]),
             )
             fields.append(self.tables(bags).values().unflatten(1, (-1, self.dim)))
-        is_known = (ids >= 0).unsqueeze(1)
         for name, layer in self.layers.items():
-            values = torch.where(is_known, self.get_buffer(f"{name}_dense")[ids.clamp(min=0)], 0.0)
-            fields.append(layer(values).unsqueeze(1))
+            fields.append(layer(self.get_buffer(f"{name}_dense")[rows]).unsqueeze(1))
         if not fields:
             return torch.zeros(len(ids), 0, self.dim, device=ids.device)
         return torch.cat(fields, dim=1)
 
-    def _cells(self, name: str, ids: Tensor) -> Jagged:
-        """The vocabulary ids of each entity's cell."""
-        values, offsets = self.get_buffer(f"{name}_values"), self.get_buffer(f"{name}_offsets")
-        # One row more, for −1.
-        nobody = torch.cat([offsets, offsets[-1:] + 1])
-        unknown = torch.full_like(values[:1], UNKNOWN)
-        every = Jagged(torch.cat([values, unknown]), nobody)
-        return every.select(torch.where(ids < 0, every.num_rows - 1, ids))
+    def _cells(self, name: str) -> Jagged:
+        return Jagged(self.get_buffer(f"{name}_values"), self.get_buffer(f"{name}_offsets"))
 
 
 def _module_name(of: str, column: str) -> str:
