@@ -250,6 +250,18 @@ def test_results_of_another_configuration_are_not_taken_for_this_one(finished: R
         pipeline.evaluate(finished)
 
 
+def test_a_control_asked_for_later_is_trained_alone(finished: RunConfig) -> None:
+    assert finished.finetune.rating is not None
+    without = finished.finetune.rating.model_copy(update={"control": None})
+    later = finished.model_copy(
+        update={"finetune": finished.finetune.model_copy(update={"rating": without})}
+    )
+    screen = io.StringIO()
+    results = pipeline.finetune(later, Console(file=screen, soft_wrap=True))
+    assert list(results["rating"]) == ["pretrained"]
+    assert "rating (pretrained): done before" in screen.getvalue()
+
+
 def _toml(folder: Path, cycle_folder: Path) -> Path:
     path = folder / "run.toml"
     path.write_text(

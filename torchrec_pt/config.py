@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def digest(self) -> str:
+    def digest(self, exclude: frozenset[str] = frozenset()) -> str:
         """Stable hash of this section's resolved values; names stages that may be reused."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        text = json.dumps(self.model_dump(mode="json", exclude=set(exclude)), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -153,7 +153,7 @@ def _fingerprint(
     parts = (
         dataset.manifest.fingerprint,
         config.model.digest(),
-        train.digest(),
+        train.digest(exclude=frozenset({"control", "keep_checkpoints"})),
         config.seed,
         start,
     )
