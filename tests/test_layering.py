@@ -121,6 +121,25 @@ def test_the_library_names_neither_ray_nor_cluster() -> None:
             assert not {name.split(".")[0] for name in names} & {"ray", "cluster"}, module
 
 
+def test_what_is_built_and_shipped_names_no_test_benchmark_or_script() -> None:
+    for module, names in _imports(ROOT).items():
+        assert not {name.split(".")[0] for name in names} & {"tests", "benchmarks", "scripts"}, (
+            module
+        )
+
+
+def test_benchmarks_and_scripts_name_neither_cluster_nor_tests() -> None:
+    files = [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                names = {str(node.module)}
+            else:
+                names = {a.name for a in node.names} if isinstance(node, ast.Import) else set()
+            assert not {name.split(".")[0] for name in names} & {"cluster", "tests"}, file
+
+
 def test_no_module_of_the_library_loads_ray_or_cluster() -> None:
     names = sorted(name for name in _modules(ROOT) if name.startswith("torchrec_pt"))
     names.remove("torchrec_pt.__main__")  # runs the command line

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.conftest import embedded, rows_of, tiny_config
 from tests.training import losses
-from torchrec_pt.config import MaskedItem, TransformerConfig
+from torchrec_pt.config import MaskedItem, TransformerConfig, TwoTowerConfig
 from torchrec_pt.data.batch import Draw, Embedded, Rows
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import Ranks, joined_ranks
@@ -147,4 +147,11 @@ def test_causal_attention_is_refused_by_one_line() -> None:
     causal = MODEL.model_copy(update={"attention": "causal"})
     with pytest.raises(ValueError, match=r'masked_item .* "causal"; set it to "bidir') as caught:
         MaskedItemObjective(MaskedItem(name="masked_item"), causal)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_backbone_without_positions_is_refused_by_one_line() -> None:
+    towers = TwoTowerConfig(backbone="two_tower")
+    with pytest.raises(ValueError, match="masked_item needs a vector at every position") as caught:
+        MaskedItemObjective(MaskedItem(name="masked_item"), towers)
     assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.conftest import embedded, rows_of, tiny_config
 from tests.training import losses
-from torchrec_pt.config import NextItem, TransformerConfig
+from torchrec_pt.config import NextItem, TransformerConfig, TwoTowerConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.models.catalogue import Catalogue
@@ -101,4 +101,11 @@ def test_bidirectional_attention_is_refused_by_one_line() -> None:
         ValueError, match=r'next_item .* "bidirectional"; set it to "causal'
     ) as caught:
         NextItemObjective(NextItem(name="next_item"), both)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_backbone_without_positions_is_refused_by_one_line() -> None:
+    towers = TwoTowerConfig(backbone="two_tower")
+    with pytest.raises(ValueError, match="next_item needs a vector at every position") as caught:
+        NextItemObjective(NextItem(name="next_item"), towers)
     assert "\n" not in str(caught.value)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from torchrec_pt.config import ModelConfig, TransformerConfig
 from torchrec_pt.data.batch import Draw, Embedded, RowKeys, Rows
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
@@ -48,3 +49,17 @@ class Objective(Protocol):
         keys: RowKeys,
         catalogue: Catalogue | None,
     ) -> LossTerm: ...
+
+
+def with_positions(name: str, model: ModelConfig) -> TransformerConfig:
+    """The model's configuration, once it is sure that the model has a vector at every position.
+
+    Raises:
+        ValueError: the objective `name` needs one, and the backbone has not.
+    """
+    if model.backbone != "transformer":
+        raise ValueError(
+            f"pretrain.objectives: {name} needs a vector at every position, which "
+            f'{model.backbone} has not; use contrastive, or set model.backbone to "transformer"'
+        )
+    return model

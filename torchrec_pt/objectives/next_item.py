@@ -9,7 +9,7 @@ from torchrec_pt.data.batch import Draw, Embedded, RowKeys, Rows
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.transformer import Transformer
-from torchrec_pt.objectives.loss_term import LossTerm
+from torchrec_pt.objectives.loss_term import LossTerm, with_positions
 from torchrec_pt.objectives.windows import draw_windows
 
 
@@ -24,11 +24,7 @@ class NextItemObjective(nn.Module):
 
     def __init__(self, config: NextItem, model: ModelConfig) -> None:
         super().__init__()
-        if model.backbone != "transformer":
-            raise ValueError(
-                "pretrain.objectives: next_item needs a vector at every position, which "
-                f'{model.backbone} has not; use contrastive, or set model.backbone to "transformer"'
-            )
+        model = with_positions(config.name, model)
         if model.attention != "causal":
             raise ValueError(
                 "pretrain.objectives: next_item must not see the next item; "
