@@ -71,7 +71,8 @@ class Jagged:
 
     def select(self, rows: Tensor) -> Jagged:
         """The rows named by `rows` (S,) int64, in that order; a row may be named twice."""
-        return self._slices(self.offsets[:-1][rows], self.lengths[rows])
+        starts = self.offsets[rows]  # not `lengths`, which would visit every row
+        return self._slices(starts, self.offsets[rows + 1] - starts)
 
     def tail(self, max_length: int) -> Jagged:
         """The last `max_length` entries of each row, or all where a row is shorter."""
