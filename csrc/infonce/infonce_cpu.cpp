@@ -11,231 +11,18 @@
 // and has a correction of its own.
 
 #include <ATen/Dispatch.h>
-#include <ATen/Functions.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <tuple>
 #include <vector>
 
-#include "cpu/simd.h"
-#include "infonce/infonce.h"
+#include "infonce/infonce_logits.h"
 
 namespace torchrec_pt {
 namespace {
 
 constexpr int64_t kTileRows = 256;
 constexpr int64_t kTileKeys = 1024;
-constexpr int64_t kLogitsPerThread = 16384;  // fewer are not worth waking a thread for
-
-// --- one row of a tile: z_j = q . k_j, s_j = z_j / tau + shift_j; a masked z_j is -inf ----------
-
-template <typename T>
-struct ExpSums {
-  T sum;  // sum_j exp(s_j - max)
-  T dot;  // sum_j exp(s_j - max) z_j
-};
-
-template <typename T>
-TORCHREC_PT_INLINE T max_logit_loop(const T* z, const T* shift, int64_t size, T inverse_tau) {
-  T highest = -std::numeric_limits<T>::infinity();
-#pragma omp simd reduction(max : highest)
-  for (int64_t j = 0; j < size; ++j) {
-    const T s = z[j] * inverse_tau + shift[j];
-    highest = s > highest ? s : highest;
-  }
-  return highest;
-}
-
-template <typename T>
-TORCHREC_PT_INLINE ExpSums<T> exp_sums_loop(const T* z, const T* shift, int64_t size, T inverse_tau,
-                                            T highest) {
-  T sum = 0;
-  T dot = 0;
-#pragma omp simd reduction(+ : sum, dot)
-  for (int64_t j = 0; j < size; ++j) {
-    const T e = fast_exp(z[j] * inverse_tau + shift[j] - highest);
-    sum += e;
-    dot += e == 0 ? 0 : e * z[j];  // 0 * -inf would be NaN
-  }
-  return {sum, dot};
-}
-
-template <typename T>
-TORCHREC_PT_INLINE void softmax_loop(T* z, const T* shift, int64_t size, T inverse_tau, T lse,
-                                     T grad) {
-#pragma omp simd
-  for (int64_t j = 0; j < size; ++j) {
-    z[j] = grad * fast_exp(z[j] * inverse_tau + shift[j] - lse);
-  }
-}
-
-template <typename T>
-TORCHREC_PT_INLINE void mask_equal_loop(T* z, const int64_t* ids, int64_t size, int64_t id) {
-#pragma omp simd
-  for (int64_t j = 0; j < size; ++j) {
-    z[j] = ids[j] == id ? -std::numeric_limits<T>::infinity() : z[j];
-  }
-}
-
-TORCHREC_PT_CLONES float max_logit(const float* z, const float* shift, int64_t size,
-                                   float inverse_tau) {
-  return max_logit_loop(z, shift, size, inverse_tau);
-}
-TORCHREC_PT_CLONES ExpSums<float> exp_sums(const float* z, const float* shift, int64_t size,
-                                           float inverse_tau, float highest) {
-  return exp_sums_loop(z, shift, size, inverse_tau, highest);
-}
-TORCHREC_PT_CLONES void softmax(float* z, const float* shift, int64_t size, float inverse_tau,
-                                float lse, float grad) {
-  softmax_loop(z, shift, size, inverse_tau, lse, grad);
-}
-TORCHREC_PT_CLONES void mask_equal(float* z, const int64_t* ids, int64_t size, int64_t id) {
-  mask_equal_loop(z, ids, size, id);
-}
-
-// float64 is for gradcheck: compiled once.
-double max_logit(const double* z, const double* shift, int64_t size, double inverse_tau) {
-  return max_logit_loop(z, shift, size, inverse_tau);
-}
-ExpSums<double> exp_sums(const double* z, const double* shift, int64_t size, double inverse_tau,
-                         double highest) {
-  return exp_sums_loop(z, shift, size, inverse_tau, highest);
-}
-void softmax(double* z, const double* shift, int64_t size, double inverse_tau, double lse,
-             double grad) {
-  softmax_loop(z, shift, size, inverse_tau, lse, grad);
-}
-void mask_equal(double* z, const int64_t* ids, int64_t size, int64_t id) {
-  mask_equal_loop(z, ids, size, id);
-}
-
-// --- tiles --------------------------------------------------------------------------------------
-
-// Rows of a matrix in the dtype of the computation; no copy where they already are that.
-at::Tensor rows_of(const at::Tensor& matrix, int64_t first, int64_t count, at::ScalarType dtype) {
-  return matrix.narrow(0, first, count).to(dtype).contiguous();
-}
-
-OptionalTensor contiguous(const OptionalTensor& vector) {
-  return vector ? OptionalTensor(vector->contiguous()) : std::nullopt;
-}
-
-template <typename T>
-const T* data_or_null(const OptionalTensor& vector) {
-  return vector ? vector->const_data_ptr<T>() : nullptr;
-}
-
-// What the loops read besides the products.
-template <typename T>
-class Logits {
- public:
-  explicit Logits(const InfonceProblem& problem)
-      : num_rows(problem.query.size(0)),
-        num_keys(problem.keys.size(0)),
-        inverse_tau(static_cast<T>(1 / problem.temperature.item<double>())),
-        query_(problem.query),
-        keys_(problem.keys),
-        shift_(at::zeros({num_keys}, dtype())),
-        target_(contiguous(problem.target)),
-        key_ids_(contiguous(problem.key_ids)),
-        query_ids_(contiguous(problem.query_ids)),
-        key_query_ids_(contiguous(problem.key_query_ids)),
-        self_index_(contiguous(problem.self_index)),
-        key_bias_(at::zeros({num_keys}, dtype())),
-        log_q_positive_(at::zeros({num_rows}, dtype())),
-        products_(at::empty({kTileRows * std::min(kTileKeys, num_keys)}, dtype())) {
-    TORCH_CHECK_VALUE(problem.temperature.item<double>() > 0,
-                      "infonce: temperature must be positive, got ",
-                      problem.temperature.item<double>());
-    if (problem.key_bias) key_bias_.copy_(*problem.key_bias);
-    if (problem.log_q_positive) log_q_positive_.copy_(*problem.log_q_positive);
-    shift_.copy_(key_bias_);
-    if (problem.log_q) shift_.sub_(problem.log_q->to(dtype()));
-    if (target_) check_target();
-  }
-
-  static at::ScalarType dtype() { return c10::CppTypeToScalarType<T>::value; }
-
-  bool has_target() const { return target_.has_value(); }
-  int64_t target(int64_t row) const { return target_->const_data_ptr<int64_t>()[row]; }
-  const T* shift(int64_t key) const { return shift_.template const_data_ptr<T>() + key; }
-
-  at::Tensor queries(int64_t first, int64_t count) const {
-    return rows_of(query_, first, count, dtype());
-  }
-  at::Tensor keys(int64_t first, int64_t count) const {
-    return rows_of(keys_, first, count, dtype());
-  }
-
-  // z = Q Kᵀ of one tile, in the buffer that all tiles share.
-  at::Tensor products(const at::Tensor& queries, const at::Tensor& keys) const {
-    auto z = products_.narrow(0, 0, queries.size(0) * keys.size(0))
-                 .view({queries.size(0), keys.size(0)});
-    at::mm_out(z, queries, keys.t());
-    return z;
-  }
-
-  T positive_logit(int64_t row, T positive_dot) const {
-    return positive_dot * inverse_tau + key_bias_.template const_data_ptr<T>()[target(row)] -
-           log_q_positive_.template const_data_ptr<T>()[row];
-  }
-
-  // Sets -inf where a key of the tile is not allowed, and at the target.
-  void mask(T* z, int64_t row, int64_t first_key, int64_t count) const {
-    constexpr T kMasked = -std::numeric_limits<T>::infinity();
-    const auto* key_ids = data_or_null<int64_t>(key_ids_);
-    const auto* query_ids = data_or_null<int64_t>(query_ids_);
-    const auto* key_query_ids = data_or_null<int64_t>(key_query_ids_);
-    const auto* self_index = data_or_null<int64_t>(self_index_);
-    if (key_ids) mask_equal(z, key_ids + first_key, count, key_ids[target(row)]);
-    if (query_ids) mask_equal(z, key_query_ids + first_key, count, query_ids[row]);
-    if (self_index && in_tile(self_index[row], first_key, count)) {
-      z[self_index[row] - first_key] = kMasked;
-    }
-    if (has_target() && in_tile(target(row), first_key, count)) {
-      z[target(row) - first_key] = kMasked;
-    }
-  }
-
-  static bool in_tile(int64_t key, int64_t first_key, int64_t count) {
-    return key >= first_key && key < first_key + count;
-  }
-
-  const int64_t num_rows;
-  const int64_t num_keys;
-  const T inverse_tau;
-
- private:
-  void check_target() const {
-    for (int64_t row = 0; row < num_rows; ++row) {
-      TORCH_CHECK_VALUE(target(row) >= 0 && target(row) < num_keys,
-                        "infonce: target must be in [0, N) with N = ", num_keys, ", got ",
-                        target(row), " in row ", row);
-    }
-  }
-
-  at::Tensor query_;
-  at::Tensor keys_;
-  at::Tensor shift_;  // key_bias - log_q
-  OptionalTensor target_;
-  OptionalTensor key_ids_;
-  OptionalTensor query_ids_;
-  OptionalTensor key_query_ids_;
-  OptionalTensor self_index_;
-  at::Tensor key_bias_;
-  at::Tensor log_q_positive_;
-  at::Tensor products_;
-};
-
-template <typename Visit>
-void for_each_row(int64_t num_rows, int64_t num_keys, const Visit& visit) {
-  const int64_t grain = std::max<int64_t>(1, kLogitsPerThread / std::max<int64_t>(1, num_keys));
-  at::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) visit(row);
-  });
-}
 
 // --- forward ------------------------------------------------------------------------------------
 
@@ -282,7 +69,7 @@ void forward_tile(const Logits<T>& logits, at::Tensor z, int64_t first_row, int6
 template <typename T>
 void forward(const InfonceProblem& problem, at::Tensor& lse, at::Tensor& positive,
              at::Tensor& expected_dot, at::Tensor& positive_dot) {
-  const Logits<T> logits(problem);
+  const Logits<T> logits(problem, kTileRows, kTileKeys);
   T* lse_data = lse.mutable_data_ptr<T>();
   T* positive_data = positive.mutable_data_ptr<T>();
   T* expected_dot_data = expected_dot.mutable_data_ptr<T>();
@@ -394,7 +181,7 @@ at::Tensor live_queries(const Logits<T>& logits, const Upstream<T>& upstream, in
 template <typename T>
 void backward(const InfonceProblem& problem, const Upstream<T>& upstream, at::Tensor& grad_query,
               at::Tensor& grad_keys, at::Tensor& grad_key_bias) {
-  const Logits<T> logits(problem);
+  const Logits<T> logits(problem, kTileRows, kTileKeys);
   const at::Scalar scale(logits.inverse_tau);
   for (int64_t first_row = 0; first_row < logits.num_rows; first_row += kTileRows) {
     const int64_t num_rows = std::min(kTileRows, logits.num_rows - first_row);

@@ -87,12 +87,20 @@ TORCH_LIBRARY_FRAGMENT(torchrec_pt, m) {
       "Tensor? log_q, Tensor? key_ids, Tensor? query_ids, Tensor? key_query_ids, "
       "Tensor? self_index, Tensor? log_q_positive, Tensor? key_bias) "
       "-> (Tensor grad_query, Tensor grad_keys, Tensor grad_key_bias)");
+  // sum_i coefficient_i loss_i and its gradients, in float32 (float64 for float64 inputs).
+  m.def(
+      "infonce_sum(Tensor coefficient, Tensor query, Tensor keys, Tensor target, "
+      "Tensor temperature, Tensor? log_q, Tensor? key_ids, Tensor? query_ids, "
+      "Tensor? key_query_ids, Tensor? self_index, Tensor? log_q_positive, Tensor? key_bias) "
+      "-> (Tensor total, Tensor grad_query, Tensor grad_keys, Tensor grad_temperature, "
+      "Tensor grad_key_bias)");
 }
 
 #ifndef TORCHREC_PT_WITH_CUDA
 TORCH_LIBRARY_IMPL(torchrec_pt, CUDA, m) {
   m.impl("infonce_forward", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
   m.impl("infonce_backward", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  m.impl("infonce_sum", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
 }
 #endif
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchrec_pt.ops import infonce_logsumexp, infonce_loss
+from torchrec_pt.ops import infonce, infonce_logsumexp, infonce_loss
 from torchrec_pt.ops.reference import infonce_logits, infonce_loss_rows
 
 SHAPES = [
@@ -73,13 +73,16 @@ def assert_matches_reference(problem: dict[str, Any], rtol: float = 1e-5) -> Non
     scale = 1 + infonce_logits(**problem).detach().nan_to_num(neginf=0).abs().amax(1)
     assert ((loss - expected).abs() <= rtol * scale).all()
     upstream = torch.linspace(-1, 2, num_rows)
-    ours = gradients((loss * upstream).sum(), inputs)
     theirs = gradients((expected * upstream).sum(), inputs)
-    for name, grad, expected_grad in zip(names, ours, theirs, strict=True):
-        largest = expected_grad.abs().max().item() if expected_grad.numel() else 0.0
-        # p = exp(s − lse) carries the rounding of lse, 6e-8 of its size, as an absolute error.
-        atol = 10 * rtol * largest + 2e-7 * scale.max().item() if num_rows else 0
-        torch.testing.assert_close(grad, expected_grad, rtol=10 * rtol, atol=atol, msg=name)
+    # Any upstream (four products), and the same as weights of a sum (three).
+    total = infonce_loss(**problem, row_weight=upstream, reduction="sum")
+    assert (total - (expected * upstream).sum()).abs() <= rtol * (upstream.abs() * scale).sum()
+    for ours in (gradients((loss * upstream).sum(), inputs), gradients(total, inputs)):
+        for name, grad, expected_grad in zip(names, ours, theirs, strict=True):
+            largest = expected_grad.abs().max().item() if expected_grad.numel() else 0.0
+            # p = exp(s − lse) carries the rounding of lse, 6e-8 of its size, as an absolute error.
+            atol = 10 * rtol * largest + 2e-7 * scale.max().item() if num_rows else 0
+            torch.testing.assert_close(grad, expected_grad, rtol=10 * rtol, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -284,11 +287,39 @@ def test_gradcheck_with_every_option() -> None:
     assert torch.autograd.gradcheck(loss, leaves)
 
 
-def test_second_derivative_is_refused() -> None:
-    q, k = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8)
-    (grad,) = torch.autograd.grad(infonce_loss(q, k), q, create_graph=True)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("of", ["query", "keys"])
+def test_second_derivative_is_refused(reduction: Any, of: str) -> None:
+    problem = {"query": torch.randn(3, 8), "keys": torch.randn(5, 8)}
+    leaf = problem[of].requires_grad_()
+    loss = infonce_loss(**problem, reduction=reduction).sum()
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
-        grad.sum().backward()
+        (grad + leaf).sum().backward()
+
+
+def test_16_bit_gradients_survive_a_small_weight_under_a_large_scale() -> None:
+    q, k = torch.randn(4, 8).half().requires_grad_(), torch.randn(6, 8).half()
+    scaled = [
+        torch.autograd.grad(2.0**16 * infonce_loss(q, k, row_weight=w, reduction="sum"), q)[0]
+        for w in (torch.full((4,), 2.0**-22), torch.full((4,), 2.0**-16))
+    ]
+    torch.testing.assert_close(scaled[0] * 2**6, scaled[1], rtol=2e-3, atol=1e-4)  # float16
+    assert (scaled[0] != 0).all()
+
+
+def test_the_way_of_many_keys_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make(20, 30, 8) | all_options(20, 30)
+    leaves = [problem[n].requires_grad_() for n in ("query", "keys", "temperature", "key_bias")]
+    weight = torch.linspace(0, 2, 20)
+
+    def run() -> list[Tensor]:
+        loss = infonce_loss(**problem, row_weight=weight)
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    few = run()
+    monkeypatch.setattr(infonce, "_MOST_KEYS_TO_SUM", 29)
+    torch.testing.assert_close(run(), few)
 
 
 # --- torch.library, torch.compile, threads, strides, memory -------------------------------------
@@ -313,6 +344,13 @@ def test_opcheck() -> None:
         op_arguments(**nothing, target=None),
     ):
         torch.library.opcheck(op, arguments)
+
+
+def test_opcheck_of_the_sum() -> None:
+    op = torch.ops.torchrec_pt.infonce_sum.default
+    nothing = dict.fromkeys(all_options(6, 9)) | {"temperature": torch.tensor(0.5)}
+    for arguments in (op_arguments(), op_arguments(**nothing)):
+        torch.library.opcheck(op, (torch.rand(6), *arguments))
 
 
 def test_compiles_to_one_graph() -> None:

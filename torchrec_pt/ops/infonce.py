@@ -61,7 +61,9 @@ def infonce_loss(
         )
     if target is None:
         target = torch.arange(num_rows, device=query.device)
-    lse, positive, _, _ = torch.ops.torchrec_pt.infonce_forward(
+    if row_weight is not None:
+        row_weight = row_weight.to(_result_dtype(query))
+    problem = (
         query,
         keys,
         target,
@@ -74,16 +76,44 @@ def infonce_loss(
         log_q_positive,
         key_bias,
     )
+    if reduction != "none" and _is_worth_summing(problem, row_weight):
+        weight = row_weight
+        if weight is None:
+            weight = query.new_ones(num_rows, dtype=_result_dtype(query))
+        coefficient = weight / _total_weight(weight) if reduction == "mean" else weight
+        total, *_ = torch.ops.torchrec_pt.infonce_sum(coefficient, *problem)
+        return total
+    lse, positive, _, _ = torch.ops.torchrec_pt.infonce_forward(*problem)
     loss = lse - positive
-    total_weight: float | Tensor = max(num_rows, 1)
     if row_weight is not None:
-        row_weight = row_weight.to(loss.dtype)
         loss = torch.where(row_weight == 0, 0, loss) * row_weight
-        sum_weight = row_weight.sum()
-        total_weight = torch.where(sum_weight == 0, 1, sum_weight)
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / total_weight
+    total = max(num_rows, 1) if row_weight is None else _total_weight(row_weight)
+    return loss.sum() if reduction == "sum" else loss.sum() / total
+
+
+# Above so many keys the rows of one block would not fit beside the rest (csrc/infonce).
+_MOST_KEYS_TO_SUM = 131_072
+
+
+def _is_worth_summing(problem: tuple[Tensor | None, ...], row_weight: Tensor | None) -> bool:
+    """Whether to make the gradients along with the loss: three products in place of four."""
+    query, keys = problem[:2]
+    assert query is not None
+    assert keys is not None
+    return (
+        torch.is_grad_enabled()
+        and any(tensor is not None and tensor.requires_grad for tensor in problem)
+        and not (row_weight is not None and row_weight.requires_grad)
+        and keys.shape[0] <= _MOST_KEYS_TO_SUM
+        and not query.is_cuda
+    )
+
+
+def _total_weight(weight: Tensor) -> Tensor:
+    total = weight.sum()
+    return torch.where(total == 0, 1, total)
 
 
 def infonce_logsumexp(
@@ -202,4 +232,65 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "torchrec_pt::infonce_backward", _refuse_double_backward, setup_context=_keep_nothing
+)
+
+
+# --- the weighted sum, whose gradients are made along with it -----------------------------------
+
+
+@torch.library.register_fake("torchrec_pt::infonce_sum")
+def _fake_sum(
+    coefficient: Tensor, query: Tensor, keys: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    total = query.new_empty((), dtype=_result_dtype(query))
+    num_biases = 0 if rest[-1] is None else keys.shape[0]
+    return (
+        total,
+        total.new_empty(query.shape),
+        total.new_empty(keys.shape),
+        torch.empty_like(total),
+        total.new_empty((num_biases,)),
+    )
+
+
+def _keep_gradients(
+    ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]
+) -> None:
+    _, *gradients = output
+    ctx.mark_non_differentiable(*gradients)
+    ctx.save_for_backward(*gradients)
+    _, query, keys, _, temperature, *_, key_bias = inputs
+    ctx.kinds = [
+        None if tensor is None else (tensor.dtype, tensor.device)
+        for tensor in (query, keys, temperature, key_bias)
+    ]
+
+
+def _scale_gradients(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    # In 16 bits only after the scale: a GradScaler's keeps small gradients from vanishing.
+    scaled = [
+        None if kind is None else (grad_total * gradient).to(dtype=kind[0], device=kind[1])
+        for gradient, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)
+    ]
+    if torch.is_grad_enabled():  # create_graph=True
+        anchor = torch.ones((), requires_grad=True)
+        scaled = [None if g is None else _NoSecondDerivative.apply(g, anchor) for g in scaled]
+    query, keys, temperature, key_bias = scaled
+    return (None, query, keys, None, temperature, *(None,) * 6, key_bias)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes a gradient on, and refuses its own; `anchor` requires one, so that it is asked."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        _refuse_double_backward(ctx)
+
+
+torch.library.register_autograd(
+    "torchrec_pt::infonce_sum", _scale_gradients, setup_context=_keep_gradients
 )
