@@ -8,6 +8,7 @@ here averages; DDP and TorchRec do, which `learner` undoes once, in the scale.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,6 +70,9 @@ def joined_ranks() -> Iterator[Ranks]:
         yield join_ranks()
     finally:
         if dist.is_initialized() and not was_joined:
+            # Sharded modules hold the group in reference cycles. Then its threads would outlive
+            # it, and one that lets go of a tensor while the interpreter ends aborts the process.
+            gc.collect()
             dist.destroy_process_group()
 
 
