@@ -20,6 +20,7 @@ from rich.console import Console
 from cluster.resources import num_threads
 from cluster.screen import Screen
 from torchrec_pt.config import RunConfig
+from torchrec_pt.files import refused
 
 if TYPE_CHECKING:
     from torchrec_pt.pipeline import Evaluation
@@ -85,20 +86,20 @@ def train_loop(given: dict[str, Any]) -> Finished | Refused:
         console = Console(file=work.screen, soft_wrap=True)
     try:
         result = pipeline.run(work.config, console)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         code = exit_code_of(error)
         if code is None:
             raise
         # A rank that did not fail waits in a collective: leaving the group wakes it.
         dist.destroy_process_group()
-        return Refused(str(error), code)
+        return Refused(refused(error) if isinstance(error, OSError) else str(error), code)
     ray.train.report(flat_metrics(result.evaluation))
     return Finished(pickle.dumps(result))
 
 
 def exit_code_of(error: Exception) -> int | None:
     """2 for what the user can mend, 1 for a run that failed by itself, None for all else."""
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | OSError):
         return 2
     return 1 if type(error).__module__.startswith("torchrec_pt") else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Iterator
@@ -194,19 +195,22 @@ def test_nothing_on_disk_is_pickled(saved: Path) -> None:
             json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("step", ["dcp.save", "sha256", "fsync"])
+@pytest.mark.parametrize(
+    "step", ["dcp.save", "HuggingFaceStorageWriter.write_data", "sha256", "fsync"]
+)
 def test_an_interrupted_save_leaves_no_checkpoint_and_the_next_one_is_whole(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     older = checkpoint.save(tmp_path, 1, _tensors(), STATE, ranks)
 
     def full_disk(*_: object, **__: object) -> None:
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(f"torchrec_pt.checkpoint.{step}", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    message = f"{tmp_path}/step-00000002: cannot be written, No space left on device; free space"
+    with pytest.raises(CheckpointError, match=message):
         checkpoint.save(tmp_path, 2, _tensors(), STATE, ranks)
-    assert checkpoint.saved(tmp_path) == [older]
+    assert list(tmp_path.iterdir()) == [older]
     monkeypatch.undo()
     newer = checkpoint.save(tmp_path, 2, _tensors(), STATE, ranks)
     assert checkpoint.saved(tmp_path) == [older, newer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -13,7 +14,8 @@ from typing import Any
 import matplotlib
 import pytest
 
-from torchrec_pt import report
+from torchrec_pt import files
+from torchrec_pt.files import WriteError
 from torchrec_pt.report import write_report
 
 CONFIG: dict[str, Any] = {
@@ -379,12 +381,12 @@ def test_a_page_that_could_not_be_written_leaves_the_old_one_whole(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: Path) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     before = write_report(run_dir).read_bytes()
     _write(run_dir / "config.json", {**CONFIG, "seed": 18})
-    monkeypatch.setattr(report, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(files, "fsync", fail)
+    with pytest.raises(WriteError, match="No space left on device"):
         write_report(run_dir)
     assert (run_dir / "report.html").read_bytes() == before
     monkeypatch.undo()

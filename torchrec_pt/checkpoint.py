@@ -11,26 +11,27 @@ right name is whole.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
 
-from torchrec_pt.distributed import Ranks
-from torchrec_pt.files import fsync, sha256
+from torchrec_pt.distributed import Ranks, raised_together
+from torchrec_pt.files import cannot_write, fsync, sha256
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line."""
+    """A checkpoint that cannot be used or written; the message is one line."""
 
 
 def save(
@@ -41,27 +42,50 @@ def save(
     Args:
         tensors: plain tensors (alike on all ranks) and ShardedTensors.
         state: what JSON can hold.
+    Raises:
+        CheckpointError: a full disk and the like, on every rank; nothing is left of it.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".step-{step:08d}.partial"
-    if ranks.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
     # A 0-dim tensor has no slices to be read by.
     flat = {name: t.reshape(1) if t.dim() == 0 else t for name, t in tensors.items()}
-    dcp.save(flat, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
-    if ranks.is_first:
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
-        hashes = {path.name: sha256(path) for path in sorted(partial.iterdir())}
-        (partial / "complete.json").write_text(json.dumps(hashes, indent=1))
-        for path in partial.iterdir():
-            fsync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        fsync(folder)
-    dist.barrier()
+    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    try:
+        with raised_together():
+            if ranks.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        with _first_cause():
+            dcp.save(flat, storage_writer=writer)
+        with raised_together():
+            if ranks.is_first:
+                _complete(partial, state)
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+                fsync(folder)
+    except OSError as error:
+        if ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(cannot_write(final, error)) from None
     return final
+
+
+def _complete(partial: Path, state: Mapping[str, Any]) -> None:
+    (partial / "state.json").write_text(json.dumps(state, indent=1))
+    hashes = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+    (partial / "complete.json").write_text(json.dumps(hashes, indent=1))
+    for path in partial.iterdir():
+        fsync(path)
+
+
+@contextlib.contextmanager
+def _first_cause() -> Iterator[None]:
+    """What failed on one rank, alike on all, in place of every rank's traceback."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
 
 
 def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -81,7 +105,8 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 f'{path}: "{name}" is {held[name]}, the model wants {tuple(tensor.size())}; '
                 "use the configuration it was trained with"
             )
-    dcp.load(dict(flat), storage_reader=HuggingFaceStorageReader(str(path)))
+    with _first_cause():
+        dcp.load(dict(flat), storage_reader=HuggingFaceStorageReader(str(path)))
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -27,7 +27,7 @@ Config = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="CO
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a key; repeatable.")
 ]
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, markup=False, emoji=False)
 _debug = False
 
 
@@ -150,15 +150,19 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        _give_up(error, 2)
+        _give_up(error, str(error), 2)
+    except OSError as error:
+        from torchrec_pt.files import refused
+
+        _give_up(error, refused(error), 2)
     except RuntimeError as error:
         if type(error).__module__.startswith("torchrec_pt"):
-            _give_up(error, 1)
+            _give_up(error, str(error), 1)
         raise
 
 
-def _give_up(error: Exception, code: int) -> None:
+def _give_up(error: Exception, message: str, code: int) -> None:
     if _debug:
         raise error
-    print(f"torchrec-pt: {error}", file=sys.stderr)
+    print(f"torchrec-pt: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(code)

@@ -91,6 +91,22 @@ def gather_objects(value: Any) -> list[Any]:
     return out
 
 
+@contextlib.contextmanager
+def raised_together() -> Iterator[None]:
+    """What a user can mend, met by any rank inside the block, is raised on every rank at its end.
+
+    A barrier besides: all ranks leave the block together.
+    """
+    failure: OSError | ValueError | None = None
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        failure = error
+    failures = [one for one in gather_objects(failure) if one is not None]
+    if failures:
+        raise failure or failures[0]
+
+
 def gather_rows(x: Tensor) -> Tensor:
     """Rows of all ranks, in rank order. The gradient of a row sums over the ranks that used it.
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.distributed import Ranks, gather_rows, joined_ranks
+from torchrec_pt.distributed import Ranks, gather_rows, joined_ranks, raised_together
+from torchrec_pt.files import whole_file
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.recommender import load_served
 from torchrec_pt.scoring import UserEncoder, encode_item_range
@@ -51,13 +52,14 @@ def export_embeddings(
             ids, blocks = dataset.items["external_id"], _item_vectors(backbone, ranks)
         else:
             ids, blocks = dataset.users["external_id"], _user_vectors(backbone, dataset, ranks)
-        if not ranks.is_first:
-            for _ in blocks:  # made by all ranks together, written by the first
-                pass
-            return path
-        folder.mkdir(parents=True, exist_ok=True)
         write = _write_parquet if format == "parquet" else _write_npy
-        write(path, ids, blocks, backbone.dim)
+        with raised_together():
+            try:
+                if ranks.is_first:
+                    write(path, ids, blocks, backbone.dim)
+            finally:
+                for _ in blocks:  # made by all ranks together, written by the first
+                    pass
     return path
 
 
@@ -79,36 +81,25 @@ def _user_vectors(backbone: Backbone, dataset: PreparedDataset, ranks: Ranks) ->
 def _write_parquet(path: Path, ids: pl.Series, blocks: Iterable[Tensor], dim: int) -> None:
     column = ids.to_arrow()
     schema = pa.schema([("id", column.type), ("embedding", pa.list_(pa.float32(), dim))])
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with pq.ParquetWriter(partial, schema) as writer:
-            begin = 0
-            for block in blocks:
-                values = pa.array(block.cpu().flatten().numpy())
-                vectors = pa.FixedSizeListArray.from_arrays(values, dim)
-                part = column.slice(begin, len(block))
-                writer.write_table(pa.table([part, vectors], schema=schema))
-                begin += len(block)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+        begin = 0
+        for block in blocks:
+            values = pa.array(block.cpu().flatten().numpy())
+            vectors = pa.FixedSizeListArray.from_arrays(values, dim)
+            part = column.slice(begin, len(block))
+            writer.write_table(pa.table([part, vectors], schema=schema))
+            begin += len(block)
 
 
 def _write_npy(path: Path, ids: pl.Series, blocks: Iterable[Tensor], dim: int) -> None:
-    ids_path = path.with_name(f"{path.stem}_ids.npy")
-    partials = {file: path.with_name(f".{file.name}.partial") for file in (ids_path, path)}
-    try:
-        with partials[ids_path].open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.lib.format.write_array_header_2_0(
+            file, {"descr": "<f4", "fortran_order": False, "shape": (len(ids), dim)}
+        )
+        for block in blocks:
+            file.write(block.cpu().numpy().astype("<f4", copy=False).tobytes())
+        file.flush()
+        with whole_file(path.with_name(f"{path.stem}_ids.npy")) as partial_ids:
             external = ids.to_numpy()
-            np.save(file, external if ids.dtype == pl.Int64 else external.astype(np.str_))
-        with partials[path].open("wb") as file:
-            np.lib.format.write_array_header_2_0(
-                file, {"descr": "<f4", "fortran_order": False, "shape": (len(ids), dim)}
-            )
-            for block in blocks:
-                file.write(block.cpu().numpy().astype("<f4", copy=False).tobytes())
-        for final, partial in partials.items():
-            partial.rename(final)
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
+            with partial_ids.open("wb") as ids_file:
+                np.save(ids_file, external if ids.dtype == pl.Int64 else external.astype(np.str_))

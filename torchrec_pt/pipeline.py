@@ -16,11 +16,12 @@ from rich.console import Console
 from torchrec_pt.build import build_objectives, build_task
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.manifest import notices, require_rows
 from torchrec_pt.data.prepare import prepare as prepare_dataset
-from torchrec_pt.distributed import gather_objects, joined_ranks
+from torchrec_pt.distributed import joined_ranks, raised_together
 from torchrec_pt.evaluation import TaskEvaluation, evaluate_pairs, evaluate_ranking
 from torchrec_pt.export import export_embeddings
-from torchrec_pt.files import write_json
+from torchrec_pt.files import whole_file, write_json
 from torchrec_pt.recommender import Recommendation, Recommender
 from torchrec_pt.runs import StageResult
 from torchrec_pt.stages import entered, finished_stages, train_stage
@@ -33,21 +34,18 @@ def prepare(config: RunConfig, console: Console | None = None) -> PreparedDatase
         DataError: raw data that cannot be used.
     """
     with entered(config, console) as stage:
-        failure: Exception | None = None
-        if stage.ranks.is_first:
-            try:
+        with raised_together():
+            if stage.ranks.is_first:
                 prepare_dataset(config.data, config.prepared_dir, config.seed)
-            except (ValueError, OSError) as error:
-                failure = error
-        # The others wait here, and end with the same words if the first one failed.
-        failure = gather_objects(failure)[0]
-        if failure is not None:
-            raise failure
         dataset = PreparedDataset.load(config.prepared_dir)
+        if config.pretrain is not None:
+            require_rows(dataset.manifest, "validation")
         stage.say(
             f"prepare: {dataset.num_users:,} users, {dataset.num_items:,} items, "
             f"{len(dataset.interactions.values):,} interactions in {config.prepared_dir}"
         )
+        for notice in notices(dataset.manifest):
+            stage.say(f"prepare: {notice}")
         return dataset
 
 
@@ -134,11 +132,13 @@ def evaluate(config: RunConfig, console: Console | None = None) -> Evaluation:
                 evaluation[task], detail = evaluate_ranking(stage, dataset)
             else:
                 evaluation[task], detail = evaluate_pairs(stage, dataset, task)
+            with raised_together():
+                if stage.ranks.is_first:
+                    with whole_file(folder / f"{task}.parquet") as partial:
+                        detail.write_parquet(partial, use_pyarrow=True)
+        with raised_together():
             if stage.ranks.is_first:
-                folder.mkdir(parents=True, exist_ok=True)
-                detail.write_parquet(folder / f"{task}.parquet")
-        if stage.ranks.is_first:
-            write_json(folder / "result.json", {t: asdict(e) for t, e in evaluation.items()})
+                write_json(folder / "result.json", {t: asdict(e) for t, e in evaluation.items()})
         return evaluation
 
 
@@ -188,7 +188,7 @@ def run(config: RunConfig, console: Console | None = None) -> RunResult:
     """Every stage of the configuration, in order."""
     started_at = time.monotonic()
     with joined_ranks():
-        prepare(config, console)
+        require_rows(prepare(config, console).manifest, "test")
         pretrain(config, console)
         if config.finetune.tasks:
             finetune(config, console)

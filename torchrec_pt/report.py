@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from torchrec_pt.files import fsync
+from torchrec_pt.files import whole_file
 from torchrec_pt.metrics import LOSSES
 from torchrec_pt.runs import StageResult, load_result
 
@@ -81,7 +81,8 @@ def write_report(run_dir: Path) -> Path:
         curves={name: _draw_curves(name, arms) for name, arms in stages.items()},
     )
     path = run_dir / "report.html"
-    _write_text(path, page)
+    with whole_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 
@@ -243,14 +244,3 @@ def _svg(figure: Figure, name: str) -> Markup:
     text = file.getvalue()
     text = text[text.index("<svg") :]  # an XML head has no place within HTML
     return Markup(re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", text))
-
-
-# --- the file -----------------------------------------------------------------------------------
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write aside and rename, so that a page that exists is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    fsync(partial)
-    partial.rename(path)

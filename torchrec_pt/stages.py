@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
@@ -16,7 +15,7 @@ from torchrec_pt.build import build_learner
 from torchrec_pt.config import RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
-from torchrec_pt.distributed import Ranks, joined_ranks
+from torchrec_pt.distributed import Ranks, joined_ranks, raised_together
 from torchrec_pt.files import write_json
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.runs import StageResult, load_result
@@ -46,8 +45,9 @@ class Stage:
 def entered(config: RunConfig, console: Console | None) -> Iterator[Stage]:
     """Join the ranks and leave the resolved configuration in the run's folder."""
     with joined_ranks() as ranks:
-        if ranks.is_first:
-            write_json(config.run_dir / "config.json", config.model_dump(mode="json"))
+        with raised_together():
+            if ranks.is_first:
+                write_json(config.run_dir / "config.json", config.model_dump(mode="json"))
         yield Stage(config, ranks, console if ranks.is_first else None)
 
 
@@ -123,9 +123,9 @@ def train_stage(
             "seconds": time.monotonic() - started_at,
         },
     )
-    if ranks.is_first:
-        result.save()
-    dist.barrier()
+    with raised_together():
+        if ranks.is_first:
+            result.save()
     return result
 
 

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from torchrec.distributed import DistributedModelParallel
 
 from torchrec_pt import checkpoint
 from torchrec_pt.config import TrainConfig
 from torchrec_pt.data.batch import Rows
 from torchrec_pt.data.loader import HistoryLoader
-from torchrec_pt.distributed import Ranks
+from torchrec_pt.distributed import Ranks, raised_together
+from torchrec_pt.events import EventFile
 from torchrec_pt.learner import Learner, StepLoss
 from torchrec_pt.metrics import goodness
 from torchrec_pt.optim import Optimizers
@@ -89,7 +89,7 @@ class Trainer:
         Raises:
             TrainingError: the loss became NaN or infinite.
         """
-        writer = SummaryWriter(str(self.folder / "tensorboard")) if self.ranks.is_first else None
+        writer = EventFile(self.folder / "tensorboard") if self.ranks.is_first else None
         self.optimizers.init_state()
         if not self._resume():
             self._validate_and_save(validate, {}, writer)
@@ -102,8 +102,6 @@ class Trainer:
                     self._validate_and_save(validate, losses, writer)
                     progress.note(self._in_words("valid", self.position.curve[-1]))
             progress.note(self._in_words("best valid", self.best))
-        if writer is not None:
-            writer.close()
         return self.position
 
     @property
@@ -135,9 +133,7 @@ class Trainer:
 
     # --- steps -----------------------------------------------------------------------------
 
-    def _train_epoch(
-        self, progress: StageProgress, writer: SummaryWriter | None
-    ) -> dict[str, float]:
+    def _train_epoch(self, progress: StageProgress, writer: EventFile | None) -> dict[str, float]:
         """One pass over the users; mean of each objective's loss over its steps."""
         self.model.train()
         total = torch.zeros(len(self.learner.names))
@@ -179,7 +175,7 @@ class Trainer:
     # --- checkpoints -----------------------------------------------------------------------
 
     def _validate_and_save(
-        self, validate: Validate, losses: dict[str, float], writer: SummaryWriter | None
+        self, validate: Validate, losses: dict[str, float], writer: EventFile | None
     ) -> None:
         self.model.eval()
         metrics = validate()
@@ -195,6 +191,9 @@ class Trainer:
         checkpoint.save(self._checkpoints, position.step, tensors, state, self.ranks)
         if self.ranks.is_first:
             checkpoint.prune(self._checkpoints, self.config.keep_checkpoints, self.best_checkpoint)
+        with raised_together():
+            if writer is not None:
+                writer.check()
 
     def _resume(self) -> bool:
         """Take up the newest whole checkpoint of the same fingerprint, if there is one."""

@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrec_pt.config import DataConfig
+from torchrec_pt.config import DataConfig, LeaveOneOutSplit, RatioSplit
 from torchrec_pt.data.atomic import exclusive
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.errors import DataError
-from torchrec_pt.data.manifest import Manifest, load_manifest
+from torchrec_pt.data.manifest import Manifest, load_manifest, notices, require_rows
 from torchrec_pt.data.prepare import prepare
+from torchrec_pt.data.splits import TEST, VALID, assign_splits, fewest_to_evaluate
 
 COLUMNS = {"timestamp": "timestamp", "rating": "rating"}
 
@@ -163,6 +164,21 @@ def test_the_only_interaction_of_a_user_trains(tmp_path: Path, rule: str) -> Non
     assert histories.lengths.tolist() == [1, 8, 1]
 
 
+@examples
+@given(
+    n=st.integers(1, 40),
+    valid=st.sampled_from([0.05, 0.1, 0.29, 0.5]),
+    test=st.sampled_from([0, 0.07, 0.1, 0.3]),
+)
+def test_the_fewest_to_evaluate_are_just_enough(n: int, valid: float, test: float) -> None:
+    ratio = RatioSplit(rule="ratio", over="user", valid=valid, test=test)
+    rows = pl.DataFrame({"user": [0] * n + [1] * 40, "row": range(n + 40)})
+    for split in (ratio, LeaveOneOutSplit()):
+        found = assign_splits(rows, split, 0).filter(pl.col("user") == 0)["split"]
+        wanted = VALID if split is ratio and not test else TEST
+        assert (wanted in found) == (n >= fewest_to_evaluate(split))
+
+
 # --- filters ------------------------------------------------------------------------------------
 
 
@@ -205,6 +221,61 @@ def test_duplicated_interactions_are_kept_or_dropped_as_told(
     rows = [(1, 1, 1, 5), (1, 1, 4, 5), (1, 2, 2, 6), (1, 2, 3, 9)]
     prepared = prepare_rows(rows, filters={"duplicates": duplicates})
     assert prepared["rating"].to_list() == kept
+
+
+@examples
+@given(rows=logs)
+def test_the_manifest_counts_what_deserves_a_notice(rows: list[Any]) -> None:
+    rows = [*rows, *((0, item, 0, item) for item in range(3))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_log(Path(folder) / "log.csv", rows)
+        manifest = prepare(config_of(path), Path(folder) / "out", 0)
+    num_short = sum(num < 3 for num in Counter(row[0] for row in rows).values())
+    num_repeats = len(rows) - len({row[:2] for row in rows})
+    assert (manifest.num_short_users, manifest.num_repeats) == (num_short, num_repeats)
+    assert len(notices(manifest)) == (num_short > 0) + (num_repeats > 0)
+
+
+def test_notices_say_how_many_and_which_key_changes_it(tmp_path: Path) -> None:
+    rows = [(1, item, 1, item) for item in range(4)] + [(1, 3, 1, 9), (2, 1, 1, 1), (2, 1, 1, 1)]
+    path = write_log(tmp_path / "log.csv", rows)
+    assert notices(prepare(config_of(path), tmp_path / "out", seed=0)) == [
+        "1 of 2 users have fewer than 3 interactions: they train but are not evaluated; "
+        "data.filters.user_core = 3 drops them",
+        "2 interactions repeat an earlier one of the same user and item: kept; "
+        'data.filters.duplicates = "first" keeps one',
+    ]
+    filters = {"duplicates": "first", "user_core": 3}
+    assert not notices(prepare(config_of(path, filters=filters), tmp_path / "out", seed=0))
+    temporal = {"rule": "temporal", "valid_from": 2, "test_from": 3}
+    (only,) = notices(prepare(config_of(path, split=temporal), tmp_path / "out", seed=0))
+    assert "repeat" in only
+
+
+NOBODY = "leave_one_out needs users with 3 interactions or more, none of 2 has them; add"
+
+
+@pytest.mark.parametrize(
+    ("split", "validation", "test"),
+    [
+        ({"rule": "leave_one_out"}, NOBODY, NOBODY),
+        ({"rule": "ratio", "over": "user", "valid": 0.5, "test": 0}, None, "no test row of 3;"),
+        ({"rule": "ratio", "over": "user"}, "none of 2 has them", "with 10 interactions or more"),
+        ({"rule": "ratio", "valid": 0, "test": 0.4}, "no validation row of 3; change", None),
+        ({"rule": "temporal", "valid_from": 1, "test_from": 2}, None, None),
+    ],
+)
+def test_what_a_split_leaves_nothing_for_is_named(
+    tmp_path: Path, split: dict[str, Any], validation: str | None, test: str | None
+) -> None:
+    path = write_log(tmp_path / "log.csv", [(1, 1, 1, 0), (1, 2, 1, 1), (2, 2, 1, 2)])
+    manifest = prepare(config_of(path, split=split), tmp_path / "out", seed=0)
+    for part, expected in (("validation", validation), ("test", test)):
+        if expected is None:
+            require_rows(manifest, part)
+        else:
+            with pytest.raises(DataError, match=f"^data.split: .*{expected}"):
+                require_rows(manifest, part)
 
 
 # --- ids and features ---------------------------------------------------------------------------
@@ -394,6 +465,22 @@ def test_parquet_with_broken_pages_is_refused(tmp_path: Path) -> None:
         prepare(config, tmp_path / "out", seed=0)
 
 
+@pytest.mark.parametrize("of", ["item", "interaction"])
+def test_the_broken_file_of_a_folder_is_named(tmp_path: Path, of: str) -> None:
+    cells = {"user_id": [n % 9 for n in range(999)], "item_id": range(999)}
+    table = pl.DataFrame({**cells, "colour": [f"c{n * 7919 % 1009}" for n in range(999)]})
+    for name in "ab":
+        table.write_parquet(tmp_path / f"{name}.parquet", compression="zstd")
+    content = (tmp_path / "b.parquet").read_bytes()
+    # The last page is one of the last column, which no check of ids and numbers reads.
+    page = content.rindex(b"\x28\xb5\x2f\xfd") + 4
+    (tmp_path / "b.parquet").write_bytes(content[:page] + b"\xff" * 9 + content[page + 9 :])
+    features = [{"column": "colour", "of": of, "kind": "categorical"}]
+    raw = {"format": "parquet", "path": tmp_path, "features": features}
+    with pytest.raises(DataError, match=r"b\.parquet: cannot be read"):
+        prepare(DataConfig.model_validate(raw), tmp_path / "out", seed=0)
+
+
 # --- whole or not at all ------------------------------------------------------------------------
 
 
@@ -426,6 +513,14 @@ def test_any_other_fingerprint_replaces_the_dataset(tmp_path: Path, log: Path, c
     assert second.fingerprint != first.fingerprint
     assert load_manifest(out) == second
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "out"]
+
+
+def test_a_dataset_of_another_version_is_replaced(tmp_path: Path, log: Path) -> None:
+    out = tmp_path / "out"
+    manifest = prepare(config_of(log), out, seed=0)
+    text = (out / "manifest.json").read_text().replace('"format_version": 2', '"format_version": 1')
+    (out / "manifest.json").write_text(text)
+    assert prepare(config_of(log), out, seed=0) == manifest == load_manifest(out)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, log: Path) -> None:
@@ -538,7 +633,7 @@ def test_damaged_datasets_are_not_loaded(
         case "cut manifest":
             manifest.write_text(text[:100])
         case "other version":
-            manifest.write_text(text.replace('"format_version": 1', '"format_version": 99'))
+            manifest.write_text(text.replace('"format_version": ', '"format_version": 9'))
         case "missing key":
             manifest.write_text(text.replace("fingerprint", "print"))
         case "no file":

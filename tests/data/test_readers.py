@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 from pathlib import Path
 from typing import Any
@@ -242,9 +243,14 @@ DELIMITED_COMPLAINTS = {
     "short line": ("1,2,3,4\n1,2,3\n", "line 3: must have 4 fields, has 3"),
     "long line": ("1,2,3,4\n1,2,3,4,5\n", "line 3: must have 4 fields, has 5"),
     "short line after a quoted break": ('1,"2\n",3,4\n1,2\n', "line 4: must have 4 fields, has 2"),
+    "lone quote": ('1,12" tape,3,4\n1,2,3,4\n', "line 2: quotes must come in pairs, found 1"),
+    "lone quote far on": ('1,"a",3,4\n1,b",3,4\n', "line 3: quotes must come in pairs"),
     "open quote": ('1,2,3,"4\n1,2,3,4\n', "quotes"),
     "rating": ("1,2,3,4\n\n1,2,good,4\n", 'line 4, column "rating": .* found "good"'),
     "rating after a quoted break": ('1,"2\n2",3,4\n1,2,x,4\n', 'line 4, column "rating": .*"x"'),
+    "rating with a line break": ('1,2,"a\nb",4\n', r'line 2, column "rating": .* found "a\\nb"'),
+    "long rating": (f"1,2,{'9' * 400}x,4\n", f'line 2, column "rating": .* found "{"9" * 60}…";'),
+    "rating too large for float32": ("1,2,1e300,4\n", 'line 2, column "rating": .* found "1e300"'),
     "infinite rating": ("1,2,inf,4\n", 'line 2, column "rating": .* found "inf"'),
     "timestamp": ("1,2,3,2020-01-01\n", 'line 2, column "timestamp": .* found "2020-01-01"'),
     "empty timestamp": ("1,2,3,\n", 'line 2, column "timestamp": .* is empty'),
@@ -269,11 +275,21 @@ def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path: Path) -> None:
     assert "line 3: must be UTF-8" in complaint(path, "csv")
 
 
+@pytest.mark.parametrize("format", ["csv", "movielens", "sequence"])
+def test_compressed_text_is_refused(tmp_path: Path, format: str) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(gzip.compress(b"user_id,item_id\n1,2\n"))
+    assert complaint(path, format) == f"{path}: must be plain text, is compressed; unpack it"
+
+
 def test_missing_column_names_the_present_and_the_nearest(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("userid,item_id\n1,2\n")
     text = complaint(path, "csv")
-    assert 'no column "user_id"; it has userid, item_id; did you mean "userid"?' in text
+    assert text == (
+        f'{path}: no column "user_id", which data.columns.user names; it has userid, item_id; '
+        'did you mean "userid"?'
+    )
 
 
 def test_column_twice_in_the_header_is_refused(tmp_path: Path) -> None:
@@ -330,6 +346,14 @@ def test_corrupt_parquet_is_refused(tmp_path: Path, damage: str) -> None:
     text = complaint(path, "parquet")
     assert text.startswith(f"{path}: cannot be read, ")
     assert text.endswith("; is the file whole, its quoting closed?")
+
+
+def test_a_damaged_footer_is_not_taken_for_text(tmp_path: Path) -> None:
+    path = tmp_path / "log.parquet"
+    pl.DataFrame({"user_id": ["u"], "item_id": ["i"]}).write_parquet(path)
+    # The schema names a column in bytes that are no UTF-8.
+    path.write_bytes(path.read_bytes().replace(b"user_id", b"user\xff\xffd"))
+    assert complaint(path, "parquet").startswith(f"{path}: cannot be read, ")
 
 
 def test_a_rating_that_is_no_number_is_named_in_every_format(tmp_path: Path) -> None:

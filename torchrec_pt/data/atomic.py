@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import polars as pl
-
 from torchrec_pt.data.errors import DataError
-from torchrec_pt.files import fsync
+from torchrec_pt.files import cannot_write, fsync
 
 
 @contextmanager
@@ -28,14 +26,14 @@ def exclusive(out: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
     except OSError as error:
-        raise _cannot_write(out, error) from None
+        raise DataError(cannot_write(out, error)) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise busy from None
         except OSError as error:
-            raise _cannot_write(out, error) from None
+            raise DataError(cannot_write(out, error)) from None
         # A run that ended after we opened the file has removed it: our lock then guards nothing.
         if os.fstat(file.fileno()).st_nlink == 0:
             raise busy
@@ -53,7 +51,7 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
     Leftovers of a killed run go away first.
 
     Raises:
-        DataError: instead of an OSError or PolarsError (no space, no permission).
+        DataError: instead of an OSError (no space, no permission).
     """
     partial, replaced = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     try:
@@ -73,12 +71,7 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
             raise
         fsync(out.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise _cannot_write(out, error) from None
+    except OSError as error:
+        raise DataError(cannot_write(out, error)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _cannot_write(out: Path, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0]
-    return DataError(f"{out}: cannot be written, {reason}; check free space and permissions")

@@ -10,36 +10,46 @@ from typing import Literal
 import polars as pl
 
 from torchrec_pt.config import DataConfig, Feature
-from torchrec_pt.data.errors import DataError, reading
+from torchrec_pt.data.errors import DataError, reading, shown
 from torchrec_pt.data.formats.part import RECORD, Part
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column to be read from `source` as `name`. An `optional` number may be an empty cell."""
+    """A column to be read from `source` as `name`; `key` is where the configuration says so.
+
+    An `optional` number may be an empty cell.
+    """
 
     name: str
     source: str
     kind: Literal["id", "number", "raw"]
+    key: str
     dtype: type[pl.DataType] = pl.Float32
     optional: bool = False
 
 
 def interaction_columns(config: DataConfig) -> list[Column]:
     names = config.columns
-    columns = [Column("user", names.user, "id"), Column("item", names.item, "id")]
+    columns = [id_column("user", "user", config), id_column("item", "item", config)]
     # The position in a sequence is its time, whether or not the config asks for it.
     timestamp = names.timestamp or ("timestamp" if config.format == "sequence" else None)
     if timestamp:
-        columns.append(Column("timestamp", timestamp, "number", pl.Float64))
+        key = "data.columns.timestamp"
+        columns.append(Column("timestamp", timestamp, "number", key, pl.Float64))
     if names.rating:
-        columns.append(Column("rating", names.rating, "number"))
+        columns.append(Column("rating", names.rating, "number", "data.columns.rating"))
     if names.label:
-        columns.append(Column("label", names.label, "number"))
+        columns.append(Column("label", names.label, "number", "data.columns.label"))
     if names.split:
-        columns.append(Column("split", names.split, "raw"))
+        columns.append(Column("split", names.split, "raw", "data.columns.split"))
     reserved = ("row", "user", "item", "timestamp", "rating", "label", "split")
     return columns + feature_columns(config, "interaction", reserved)
+
+
+def id_column(name: str, of: Literal["user", "item"], config: DataConfig) -> Column:
+    source = config.columns.user if of == "user" else config.columns.item
+    return Column(name, source, "id", f"data.columns.{of}")
 
 
 def feature_columns(config: DataConfig, of: str, reserved: Sequence[str]) -> list[Column]:
@@ -58,7 +68,7 @@ def feature_columns(config: DataConfig, of: str, reserved: Sequence[str]) -> lis
 
 def _feature_column(feature: Feature) -> Column:
     kind: Literal["number", "raw"] = "number" if feature.kind == "numeric" else "raw"
-    return Column(feature.column, feature.column, kind, optional=True)
+    return Column(feature.column, feature.column, kind, "data.features", optional=True)
 
 
 def typed_all(parts: list[Part], columns: list[Column]) -> pl.LazyFrame:
@@ -75,7 +85,8 @@ def _typed(part: Part, columns: list[Column]) -> pl.LazyFrame:
             near = difflib.get_close_matches(column.source, present, n=1, cutoff=0.5)
             hint = f'did you mean "{near[0]}"?' if near else "name one of them"
             raise DataError(
-                f'{part.path}: no column "{column.source}"; it has {", ".join(present)}; {hint}'
+                f'{part.path}: no column "{column.source}", which {column.key} names; '
+                f"it has {shown(', '.join(present), 400)}; {hint}"
             )
     cells = {column.name: _cell(part, column, schema[column.source]) for column in columns}
     if checked := [column for column in columns if column.kind != "raw"]:
@@ -105,7 +116,7 @@ def _check_cells(part: Part, checked: list[Column], cells: Mapping[str, pl.Expr]
         column = next(column for column in checked if row[f"bad {column.name}"])
         cell = row[f"cell {column.name}"]
         what = "an id" if column.kind == "id" else "a finite number"
-        given = "is empty" if cell in (None, "") else f'found "{cell}"'
+        given = "is empty" if cell in (None, "") else f'found "{shown(cell)}"'
         raise DataError(
             f'{part.path}, {part.place(row[RECORD])}, column "{column.source}": '
             f"must be {what}, {given}; mend or remove it"
@@ -134,7 +145,8 @@ def _cell(part: Part, column: Column, dtype: pl.DataType) -> pl.Expr:
         number = cell.cast(pl.Float64)
     else:
         raise DataError(f"{where}: must be numbers, found {dtype}; convert the column")
-    return pl.when(number.is_finite()).then(number).cast(column.dtype)
+    number = number.cast(column.dtype)  # which may be too small for it, and then holds infinity
+    return pl.when(number.is_finite()).then(number)
 
 
 def _fits_int64(dtype: pl.DataType) -> bool:

@@ -55,9 +55,9 @@ class PreparedDataset:
         path = Path(path)
         manifest = load_manifest(path)
         try:
-            users = pl.read_parquet(path / "users.parquet")
-            items = pl.read_parquet(path / "items.parquet")
-            rows = pl.read_parquet(path / "interactions.parquet")
+            users = pl.read_parquet(path / "users.parquet", glob=False)
+            items = pl.read_parquet(path / "items.parquet", glob=False)
+            rows = pl.read_parquet(path / "interactions.parquet", glob=False)
         except (pl.exceptions.PolarsError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(

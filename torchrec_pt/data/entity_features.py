@@ -74,7 +74,7 @@ def load_entity_features(dataset: PreparedDataset, of: Of) -> EntityFeatures:
 
 def _read_vocabulary(dataset: PreparedDataset) -> pl.DataFrame:
     try:
-        return pl.read_parquet(dataset.path / "vocabulary.parquet")
+        return pl.read_parquet(dataset.path / "vocabulary.parquet", glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
 from torchrec_pt.config import Columns, Feature, Filters, Section, Split
 from torchrec_pt.data.errors import DataError
+from torchrec_pt.data.splits import fewest_to_evaluate
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+
+
+class FormatVersionError(DataError):
+    """A prepared dataset of another version of this package."""
 
 
 class FeatureSummary(Section):
@@ -46,7 +52,12 @@ class Dropped(Section):
 
 
 class Manifest(Section):
-    """The content of manifest.json. `files` gives the size in bytes of the files beside it."""
+    """The content of manifest.json.
+
+    `num_repeats` counts interactions that repeat an earlier one of their user and item;
+    `num_short_users` the users with fewer interactions than the split needs to evaluate them;
+    `files` gives the size in bytes of the files beside it.
+    """
 
     format_version: int
     fingerprint: str
@@ -59,11 +70,52 @@ class Manifest(Section):
     num_train: int
     num_valid: int
     num_test: int
+    num_repeats: int
+    num_short_users: int
     split: Split
     filters: Filters
     dropped: Dropped
     sources: tuple[Source, ...]
     files: dict[str, int]
+
+
+def notices(manifest: Manifest) -> list[str]:
+    """What the user may not expect of the data, and the key that changes it: a line each."""
+    lines = []
+    if manifest.num_short_users:
+        fewest = fewest_to_evaluate(manifest.split)
+        lines.append(
+            f"{manifest.num_short_users:,} of {manifest.num_users:,} users have fewer than "
+            f"{fewest} interactions: they train but are not evaluated; "
+            f"data.filters.user_core = {fewest} drops them"
+        )
+    if manifest.num_repeats:
+        lines.append(
+            f"{manifest.num_repeats:,} interactions repeat an earlier one of the same user and "
+            'item: kept; data.filters.duplicates = "first" keeps one'
+        )
+    return lines
+
+
+def require_rows(manifest: Manifest, part: Literal["validation", "test"]) -> None:
+    """What trains needs validation rows, what evaluates needs test rows.
+
+    Raises:
+        DataError: the split left none.
+    """
+    if manifest.num_valid if part == "validation" else manifest.num_test:
+        return
+    fewest = fewest_to_evaluate(manifest.split)
+    if fewest > 1 and manifest.num_short_users == manifest.num_users:
+        raise DataError(
+            f"data.split: {manifest.split.rule} needs users with {fewest} interactions or more, "
+            f"none of {manifest.num_users:,} has them; add interactions, loosen data.filters or "
+            "choose another rule"
+        )
+    raise DataError(
+        f"data.split: {manifest.split.rule} leaves no {part} row of "
+        f"{manifest.num_interactions:,}; change the split"
+    )
 
 
 def load_manifest(path: str | Path) -> Manifest:
@@ -90,7 +142,7 @@ def load_manifest(path: str | Path) -> Manifest:
         raise DataError(f"{file}: is no manifest of a prepared dataset; choose another folder")
     version = content["format_version"]
     if version != FORMAT_VERSION:
-        raise DataError(
+        raise FormatVersionError(
             f"{file}: format version must be {FORMAT_VERSION}, found {version}; "
             "remove the folder and prepare it again"
         )

@@ -18,6 +18,7 @@ from torchrec_pt.data.manifest import (
     MANIFEST_NAME,
     Dropped,
     FeatureSummary,
+    FormatVersionError,
     Manifest,
     Source,
     load_manifest,
@@ -25,7 +26,7 @@ from torchrec_pt.data.manifest import (
 from torchrec_pt.data.numbering import renumber
 from torchrec_pt.data.readers import RawData, read_raw
 from torchrec_pt.data.sources import find_sources
-from torchrec_pt.data.splits import TEST, TRAIN, VALID, assign_splits
+from torchrec_pt.data.splits import TEST, TRAIN, VALID, assign_splits, fewest_to_evaluate
 from torchrec_pt.files import sha256
 
 
@@ -65,8 +66,10 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
         tables, summaries, dropped = _build_tables(config, read_raw(config), seed)
         with whole_or_nothing(out) as folder:
             for name, table in tables.items():
-                table.write_parquet(folder / name)
-            split = tables["interactions.parquet"]["split"]
+                # Not by polars itself, which may call a full disk "Invalid thrift".
+                table.write_parquet(folder / name, use_pyarrow=True)
+            rows = tables["interactions.parquet"]
+            split, num_of_user = rows["split"], rows.group_by("user").len()["len"]
             manifest = Manifest(
                 format_version=FORMAT_VERSION,
                 fingerprint=fingerprint,
@@ -79,6 +82,8 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
                 num_train=int((split == TRAIN).sum()),
                 num_valid=int((split == VALID).sum()),
                 num_test=int((split == TEST).sum()),
+                num_repeats=rows.height - rows.select("user", "item").n_unique(),
+                num_short_users=int((num_of_user < fewest_to_evaluate(config.split)).sum()),
                 split=config.split,
                 filters=config.filters,
                 dropped=dropped,
@@ -95,12 +100,12 @@ def _build_tables(
     config: DataConfig, raw: RawData, seed: int
 ) -> tuple[dict[str, pl.DataFrame], tuple[FeatureSummary, ...], Dropped]:
     """The content of each parquet file, by name."""
-    with reading(config.path):
+    with reading(config.path, raw.sources):
         interactions = raw.interactions.collect(engine="streaming")
     interactions, dropped = apply_filters(interactions, config.filters)
     interactions = assign_splits(interactions, config.split, seed)
     interactions, users, items = renumber(interactions)
-    with reading(config.path):
+    with reading(config.path, raw.sources):
         users, items = join_features(users, raw.users), join_features(items, raw.items)
     tables, summaries, vocabulary = describe_features(
         config.features,
@@ -148,5 +153,8 @@ def _existing(out: Path, fingerprint: str) -> Manifest | None:
             f"{out}: holds something that is no prepared dataset; "
             "choose another data.prepared or remove it"
         )
-    manifest = load_manifest(out)
+    try:
+        manifest = load_manifest(out)
+    except FormatVersionError:
+        return None
     return manifest if manifest.fingerprint == fingerprint else None

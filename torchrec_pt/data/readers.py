@@ -9,8 +9,8 @@ from typing import Literal
 import polars as pl
 
 from torchrec_pt.config import DataConfig
-from torchrec_pt.data.columns import Column, feature_columns, interaction_columns, typed_all
-from torchrec_pt.data.errors import DataError, reading
+from torchrec_pt.data.columns import feature_columns, id_column, interaction_columns, typed_all
+from torchrec_pt.data.errors import DataError, reading, shown
 from torchrec_pt.data.formats.delimited import open_delimited
 from torchrec_pt.data.formats.movielens import open_movielens, open_movielens_side
 from torchrec_pt.data.formats.parquet import open_parquet
@@ -64,6 +64,8 @@ def read_raw(config: DataConfig) -> RawData:
 
 
 def _open(config: DataConfig, path: Path) -> Part:
+    if config.format != "parquet":
+        _refuse_compressed(path)
     match config.format:
         case "csv":
             return open_delimited(path, ",", quote='"')
@@ -79,6 +81,13 @@ def _open(config: DataConfig, path: Path) -> Part:
             return open_sequence(path)
 
 
+def _refuse_compressed(path: Path) -> None:
+    """polars would unpack it, but then no line could be named."""
+    with reading(path), path.open("rb") as file:
+        if file.read(4).startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):  # gzip, zstd
+            raise DataError(f"{path}: must be plain text, is compressed; unpack it")
+
+
 def _entities(
     config: DataConfig, of: Literal["user", "item"], parts: list[Part], side: Path | None
 ) -> pl.LazyFrame | None:
@@ -88,15 +97,15 @@ def _entities(
         return None
     if side is None:
         return typed_all(parts, features).with_row_index("row")
-    source = config.columns.user if of == "user" else config.columns.item
     part = open_recbole(side) if config.format == "recbole" else open_movielens_side(side)
-    frame = typed_all([part], [Column("external_id", source, "id"), *features])
+    frame = typed_all([part], [id_column("external_id", of, config), *features])
     with reading(side):
         twice = frame.filter(pl.col("external_id").is_duplicated()).head(1).collect()
     if twice.height:
+        name = shown(twice["external_id"][0])
         raise DataError(
-            f'{side}: each {of} must stand on one line, "{twice["external_id"][0]}" stands on '
-            "several; remove the others"
+            f'{side}: each {of} must stand on one line, "{name}" stands on several; '
+            "remove the others"
         )
     return frame
 

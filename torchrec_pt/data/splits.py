@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import polars as pl
 
 from torchrec_pt.config import GivenSplit, LeaveOneOutSplit, RatioSplit, Split, TemporalSplit
-from torchrec_pt.data.errors import DataError
+from torchrec_pt.data.errors import DataError, shown
 
 TRAIN, VALID, TEST = 0, 1, 2
 SPLIT_CODES = {"train": TRAIN, "valid": VALID, "test": TEST}
+_SLACK = 1e-9  # 0.29 * 100 is 28.999999999999996
 
 
 def time_order(interactions: pl.DataFrame) -> list[str]:
@@ -50,15 +53,28 @@ def assign_splits(rows: pl.DataFrame, split: Split, seed: int) -> pl.DataFrame:
     return rows
 
 
+def fewest_to_evaluate(split: Split) -> int:
+    """How many interactions a user needs to have a test row (or, with no test part, a valid one).
+
+    1 where that is not a matter of the user's number.
+    """
+    match split:
+        case LeaveOneOutSplit():
+            return 3
+        case RatioSplit(over="user"):
+            part = split.test or split.valid
+            return math.ceil((1 - _SLACK) / part) if part else 1
+    return 1
+
+
 def _code(valid: pl.Expr, test: pl.Expr) -> pl.Expr:
     return pl.when(test).then(TEST).when(valid).then(VALID).otherwise(TRAIN)
 
 
 def _ratio_code(position: pl.Expr, length: pl.Expr, split: RatioSplit) -> pl.Expr:
     """Parts are rounded down, so that training never ends up empty."""
-    slack = 1e-9  # 0.29 * 100 is 28.999999999999996
-    num_test = (length * split.test + slack).floor()
-    num_valid = (length * split.valid + slack).floor()
+    num_test = (length * split.test + _SLACK).floor()
+    num_valid = (length * split.valid + _SLACK).floor()
     return _code(position >= length - num_test - num_valid, position >= length - num_test)
 
 
@@ -70,6 +86,6 @@ def _given_code(rows: pl.DataFrame) -> pl.Expr:
     if unknown.height:
         raise DataError(
             f'data.columns.split: cells must be "train", "valid" or "test", found '
-            f'"{unknown["split"][0] or ""}" in {unknown.height} rows; rename or drop them'
+            f'"{shown(unknown["split"][0] or "")}" in {unknown.height} rows; rename or drop them'
         )
     return name.replace_strict(SPLIT_CODES)

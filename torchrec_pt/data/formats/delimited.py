@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import polars as pl
@@ -51,21 +51,36 @@ def _check_records(path: Path, separator: str, quote: str | None, num_fields: in
 def _check_quoted_records(path: Path, separator: str, quote: str, num_fields: int) -> None:
     line_number = 1
     try:
-        for line_number, fields in _csv_records(path, separator, quote):
+        for line_number, fields, num_quotes in _csv_records(path, separator, quote):
             if fields and len(fields) != num_fields:
                 raise ragged_line(path, line_number, num_fields, len(fields))
+            if num_quotes % 2:  # polars would read on to the next one
+                raise DataError(
+                    f"{path}, line {line_number}: quotes must come in pairs, found {num_quotes}; "
+                    'write a cell like 12" tape as "12"" tape"'
+                )
     except csv.Error as error:
         raise DataError(
             f"{path}, after line {line_number}: not valid CSV, {error}; check the quotes"
         ) from None
 
 
-def _csv_records(path: Path, separator: str, quote: str | None) -> Iterator[tuple[int, list[str]]]:
-    """Each record, header included, with the number of the line it starts on."""
+def _csv_records(
+    path: Path, separator: str, quote: str | None
+) -> Iterator[tuple[int, list[str], int]]:
+    """Each record, header included: the line it starts on, its cells, its number of quotes."""
     csv.field_size_limit(2**31 - 1)  # the default refuses long texts
+    num_quotes = 0
+
+    def counted(lines: Iterable[str]) -> Iterator[str]:
+        nonlocal num_quotes
+        for line in lines:
+            num_quotes += line.count(quote) if quote else 0
+            yield line
+
     with path.open(encoding="utf-8-sig", newline="") as file:
         records = csv.reader(
-            file,
+            counted(file),
             delimiter=separator,
             quotechar=quote,
             quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE,
@@ -73,8 +88,8 @@ def _csv_records(path: Path, separator: str, quote: str | None) -> Iterator[tupl
         )
         start = 1
         for fields in records:
-            yield start, fields
-            start = records.line_num + 1
+            yield start, fields, num_quotes
+            start, num_quotes = records.line_num + 1, 0
 
 
 def _line_of(path: Path, separator: str, quote: str | None, record: int) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from torchrec_pt.data.errors import DataError
+from torchrec_pt.data.errors import DataError, shown
 from torchrec_pt.data.formats.delimited import open_delimited
 from torchrec_pt.data.formats.part import RECORD, Part
 
@@ -27,7 +27,7 @@ def open_recbole(path: Path) -> Part:
         if not colon or kind not in ("token", "token_seq", "float", "float_seq"):
             raise DataError(
                 f"{path}, line 1: a header is name:token, token_seq, float or float_seq, found "
-                f'"{header}"; add the type'
+                f'"{shown(header)}"; add the type'
             )
         cell = pl.col(header)
         columns.append((cell.str.split(" ") if kind.endswith("_seq") else cell).alias(name))

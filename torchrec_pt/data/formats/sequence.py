@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from torchrec_pt.data.errors import DataError, reading
+from torchrec_pt.data.errors import DataError, reading, shown
 from torchrec_pt.data.formats.lines import place_of_line, scan_lines
 from torchrec_pt.data.formats.part import RECORD, Part
 
@@ -26,7 +26,7 @@ def open_sequence(path: Path) -> Part:
     if bad.height:
         record, user, length = bad.row(0)
         rule = "must name an item after the user" if length < 2 else "must be its user's only line"
-        raise DataError(f'{path}, line {record + 1}: {rule}, user "{user}"; mend the line')
+        raise DataError(f'{path}, line {record + 1}: {rule}, user "{shown(user)}"; mend the line')
     frame = (
         lines.select(RECORD, user_id=words.list.first(), item_id=words.list.slice(1))
         .with_columns(timestamp=pl.int_ranges(0, pl.col("item_id").list.len()))
