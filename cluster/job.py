@@ -25,12 +25,13 @@ from cluster.versions import installed_versions, read_versions, version_mismatch
 from cluster.worker import Finished, Refused, Work, train_loop
 from torchrec_pt.config import RunConfig
 from torchrec_pt.config_file import load_config
+from torchrec_pt.files import refused
 
 if TYPE_CHECKING:
     from torchrec_pt.pipeline import RunResult
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, markup=False, emoji=False)
 
 
 @app.command()
@@ -128,6 +129,8 @@ def main() -> None:
         app()
     except ValueError as error:
         _give_up(str(error), 2)
+    except OSError as error:
+        _give_up(refused(error), 2)
     except ray.train.TrainingFailedError as error:
         said = failures(getattr(error, "worker_failures", {})) or last_line(error)
         _give_up(f"{said}; submitted again, the run goes on from its last checkpoint", 1)

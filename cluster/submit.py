@@ -33,6 +33,7 @@ from cluster.resources import Device
 from cluster.versions import installed_versions, write_versions
 from torchrec_pt.config import RunConfig
 from torchrec_pt.config_file import load_config
+from torchrec_pt.files import refused
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -284,6 +285,9 @@ def main() -> None:
         app()
     except ValueError as error:
         print(f"cluster.submit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"cluster.submit: {refused(error)}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         # The Jobs API: such as a job that does not exist.

@@ -83,7 +83,7 @@ def train_loop(given: dict[str, Any]) -> Finished | Refused:
     torch.set_num_threads(num_threads(_num_node_cpus(), context.get_local_world_size()))
     console = None
     if context.get_world_rank() == 0:
-        console = Console(file=work.screen, soft_wrap=True)
+        console = Console(file=work.screen, soft_wrap=True, markup=False, emoji=False)
     try:
         result = pipeline.run(work.config, console)
     except (ValueError, OSError, RuntimeError) as error:

@@ -33,8 +33,8 @@ def export_embeddings(
     """Write the embeddings of a finished run, in the order of dense ids; all ranks call it.
 
     parquet: one file with the columns `id` (external) and `embedding` (list of dim float32).
-    npy: (N, dim) float32 in <what>.npy, and beside it <what>_ids.npy, (N,) int64 or unicode,
-    row for row. Users' vectors are those after their whole history. Files appear whole or not
+    npy: (N, dim) float32 in <what>.npy, and beside it <what>_ids.npy, (N,) int64 or unicode (all
+    as wide as the longest id), row for row. Users' vectors are those after their whole history. Files appear whole or not
     at all.
 
     Args:
