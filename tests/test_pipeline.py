@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,10 @@ from rich.console import Console
 from tests.conftest import tiny_config
 from torchrec_pt import Recommender, checkpoint, cli, export_embeddings, pipeline
 from torchrec_pt.build import Built, build_learner
-from torchrec_pt.config import Contrastive, RunConfig, TrainConfig
+from torchrec_pt.config import Contrastive, RunConfig, ShowConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import join_ranks
-from torchrec_pt.runs import load_result
+from torchrec_pt.runs import load_result, load_run_config, served_stage
 from torchrec_pt.transfer import load_pretrained
 
 PAIRS = {"epochs": 2, "batch_size": 10, "warmup_steps": 0, "control": "scratch"}
@@ -236,6 +237,50 @@ def test_transfer_refuses_another_shape_and_another_model(finished: RunConfig) -
 
     with pytest.raises(ValueError, match="no parameter in common"):
         load_pretrained(pretrained.checkpoint, Stranger())  # type: ignore[arg-type]
+
+
+def test_a_stage_refuses_the_data_of_another_configuration(finished: RunConfig) -> None:
+    filtered = finished.data.filters.model_copy(update={"min_rating": 2.0})
+    other = finished.model_copy(
+        update={"data": finished.data.model_copy(update={"filters": filtered})}
+    )
+    for stage in (pipeline.pretrain, pipeline.finetune, pipeline.evaluate):
+        with pytest.raises(ValueError, match=r"prepared from another .* run the prepare stage"):
+            stage(other)
+    pipeline.evaluate(finished)
+
+
+def test_what_is_served_is_of_the_configuration_that_the_folder_holds(
+    finished: RunConfig, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(finished.run_dir, moved)
+    assert served_stage(load_run_config(moved), Recommender.load(moved).dataset).folder == (
+        moved / "finetune/ranking/pretrained"
+    )
+    config = json.loads((moved / "config.json").read_text())
+    config["finetune"]["ranking"] = None
+    (moved / "config.json").write_text(json.dumps(config))
+    dataset = Recommender.load(moved).dataset
+    assert served_stage(load_run_config(moved), dataset).folder == moved / "pretrain"
+    config["model"]["dim"] = 32
+    (moved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="holds no model trained from its configuration"):
+        Recommender.load(moved)
+
+
+@pytest.mark.parametrize(
+    ("show", "message"), [({"user": "nobody"}, 'user "nobody"'), ({"title": "x"}, "show.title")]
+)
+def test_what_cannot_be_shown_is_said_before_training(
+    finished: RunConfig, tmp_path: Path, show: dict[str, str], message: str
+) -> None:
+    config = finished.model_copy(
+        update={"run_dir": tmp_path, "show": ShowConfig.model_validate(show)}
+    )
+    with pytest.raises(ValueError, match=message):
+        pipeline.run(config)
+    assert not (tmp_path / "pretrain").exists()
 
 
 def test_results_of_another_configuration_are_not_taken_for_this_one(finished: RunConfig) -> None:

@@ -266,7 +266,7 @@ class PairConfig(TaskConfig):
     hidden_dims: tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...] = (128, 64)
     dropout: float = Field(0.2, ge=0, le=0.99)
     shrinkage: float = Field(
-        10.0, ge=0, description="interactions that pull the mean of an item or user to 0"
+        10.0, ge=0, description="labels (for clicks, even ones) that pull a mean to 0"
     )
 
 

@@ -67,9 +67,9 @@ def rank_targets(
     begin, end = ranks.part_of(num_items)
     counted: list[Tensor] = []
     for rows in torch.arange(len(asked.users)).split(batch_size):
-        scores = scorer(asked.users[rows])
+        scores = scorer(asked.users[rows]).to(ranks.device)
         if not bool(torch.isfinite(scores).all()):
-            raise ValueError("evaluate: the model's scores are not finite; train it again")
+            raise ValueError("ranking: the model's scores are not finite; lower the learning rate")
         seen = asked.seen.select(rows).to(scores.device)
         targets = asked.targets.select(rows).to(scores.device)
         row, item = targets.rows, targets.values - begin
@@ -115,7 +115,7 @@ def predict_pairs(
         found.append(gather_rows(_predict(learner, task, mine, ranks)).cpu())
     predictions = torch.cat(found)
     if not bool(torch.isfinite(predictions).all()):
-        raise ValueError("evaluate: the model's predictions are not finite; train it again")
+        raise ValueError(f"{task.name}: predictions are not finite; lower the learning rate")
     return predictions
 
 

@@ -13,8 +13,9 @@ from torchrec_pt.build import build_task, load_learner
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.evaluate import held_out, predict_pairs, rank_targets
 from torchrec_pt.metrics import Estimate, mean_estimate, paired_difference, ranking_metrics
+from torchrec_pt.runs import finished_stages
 from torchrec_pt.scoring import ModelScorer, Scorer
-from torchrec_pt.stages import Stage, finished_stages
+from torchrec_pt.stages import Stage
 from torchrec_pt.tasks.pairs import PairTask, held_out_pairs
 from torchrec_pt.validation import pair_metrics
 

@@ -34,8 +34,8 @@ def export_embeddings(
 
     parquet: one file with the columns `id` (external) and `embedding` (list of dim float32).
     npy: (N, dim) float32 in <what>.npy, and beside it <what>_ids.npy, (N,) int64 or unicode (all
-    as wide as the longest id), row for row. Users' vectors are those after their whole history. Files appear whole or not
-    at all.
+    as wide as the longest id), row for row. Users' vectors are those after their whole history.
+    Files appear whole or not at all.
 
     Args:
         out: a folder; default <run_dir>/export.

@@ -98,7 +98,11 @@ def schedule_factor(config: TrainConfig, step: int, num_steps: int) -> float:
 
 def _decay_groups(params: list[Tensor], weight_decay: float) -> list[dict[str, object]]:
     """Biases, norms and single vectors are not decayed."""
+
+    def is_matrix(p: Tensor) -> bool:
+        return p.dim() > 1 and p.shape[1] > 1  # a table of width 1 holds biases
+
     return [
-        {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in params if is_matrix(p)], "weight_decay": weight_decay},
+        {"params": [p for p in params if not is_matrix(p)], "weight_decay": 0.0},
     ]

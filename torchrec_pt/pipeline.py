@@ -14,17 +14,19 @@ import torch.distributed as dist
 from rich.console import Console
 
 from torchrec_pt.build import build_objectives, build_task
-from torchrec_pt.config import RunConfig
+from torchrec_pt.config import RunConfig, ShowConfig
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.manifest import notices, require_rows
+from torchrec_pt.data.prepare import is_prepared_from
 from torchrec_pt.data.prepare import prepare as prepare_dataset
 from torchrec_pt.distributed import joined_ranks, raised_together
 from torchrec_pt.evaluation import TaskEvaluation, evaluate_pairs, evaluate_ranking
 from torchrec_pt.export import export_embeddings
 from torchrec_pt.files import whole_file, write_json
 from torchrec_pt.recommender import Recommendation, Recommender
-from torchrec_pt.runs import StageResult
-from torchrec_pt.stages import entered, finished_stages, train_stage
+from torchrec_pt.runs import StageResult, finished_stages
+from torchrec_pt.stages import entered, train_stage
 
 
 def prepare(config: RunConfig, console: Console | None = None) -> PreparedDataset:
@@ -49,6 +51,21 @@ def prepare(config: RunConfig, console: Console | None = None) -> PreparedDatase
         return dataset
 
 
+def _load_prepared(config: RunConfig) -> PreparedDataset:
+    """What the prepare stage left.
+
+    Raises:
+        DataError: nothing, or the data of another configuration.
+    """
+    dataset = PreparedDataset.load(config.prepared_dir)
+    if not is_prepared_from(dataset.manifest, config.data, config.seed):
+        raise DataError(
+            f"{config.prepared_dir}: was prepared from another [data] section or seed; "
+            "run the prepare stage first"
+        )
+    return dataset
+
+
 def pretrain(config: RunConfig, console: Console | None = None) -> StageResult:
     """Self-supervised pretraining; validated by ranking the next item without fine-tuning.
 
@@ -57,7 +74,7 @@ def pretrain(config: RunConfig, console: Console | None = None) -> StageResult:
         TrainingError: the loss became NaN or infinite.
     """
     with entered(config, console) as stage:
-        dataset = PreparedDataset.load(config.prepared_dir)
+        dataset = _load_prepared(config)
         objectives = build_objectives(config, dataset)
         assert config.pretrain is not None
         return train_stage(
@@ -86,7 +103,7 @@ def finetune(
             "[finetune.rating]"
         )
     with entered(config, console) as stage:
-        dataset = PreparedDataset.load(config.prepared_dir)
+        dataset = _load_prepared(config)
         pretrained = finished_stages(config, dataset).get("pretrain")
         if pretrained is None:
             raise ValueError(
@@ -124,7 +141,7 @@ def evaluate(config: RunConfig, console: Console | None = None) -> Evaluation:
         ValueError: no test interactions.
     """
     with entered(config, console) as stage:
-        dataset = PreparedDataset.load(config.prepared_dir)
+        dataset = _load_prepared(config)
         evaluation: Evaluation = {}
         folder = config.run_dir / "evaluate"
         for task in dict.fromkeys(["ranking", *config.finetune.tasks]):
@@ -170,8 +187,9 @@ def report_run(config: RunConfig, console: Console | None = None) -> Path:
 
     with entered(config, console) as stage:
         path = config.run_dir / "report.html"
-        if stage.ranks.is_first:
-            stage.say(f"report: {write_report(config.run_dir)}")
+        with raised_together():
+            if stage.ranks.is_first:
+                stage.say(f"report: {write_report(config.run_dir)}")
         return path
 
 
@@ -188,13 +206,23 @@ def run(config: RunConfig, console: Console | None = None) -> RunResult:
     """Every stage of the configuration, in order."""
     started_at = time.monotonic()
     with joined_ranks():
-        require_rows(prepare(config, console).manifest, "test")
+        dataset = prepare(config, console)
+        require_rows(dataset.manifest, "test")
+        _check_show(config.show, dataset)
         pretrain(config, console)
         if config.finetune.tasks:
             finetune(config, console)
         evaluation = evaluate(config, console)
         exported = export_run(config, console)
-        user, recommendations = recommend(config, config.show.user, config.show.k)
         report_run(config, console)
+        user, recommendations = recommend(config, config.show.user, config.show.k)
         dist.barrier()
     return RunResult(evaluation, exported, user, recommendations, time.monotonic() - started_at)
+
+
+def _check_show(show: ShowConfig, dataset: PreparedDataset) -> None:
+    """Before anything is trained: what `run` shows at its end exists."""
+    if show.user is not None:
+        dataset.user_index(show.user)
+    if show.title is not None and show.title not in dataset.items.columns:
+        raise ValueError(f'show.title: no item feature "{show.title}"; declare it in data.features')

@@ -14,7 +14,7 @@ from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, join_ranks
 from torchrec_pt.models.backbone import Backbone
-from torchrec_pt.runs import load_run
+from torchrec_pt.runs import load_run_config, served_stage
 from torchrec_pt.scoring import ModelScorer, encode_histories, top_items
 
 
@@ -103,7 +103,7 @@ def load_served(run_dir: Path, ranks: Ranks) -> tuple[PreparedDataset, Backbone]
     Raises:
         ValueError: no finished run there.
     """
-    run = load_run(run_dir)
-    dataset = PreparedDataset.load(run.config.prepared_dir)
-    learner = load_learner(run.config, run.serving.checkpoint, dataset, ranks)
+    config = load_run_config(run_dir)
+    dataset = PreparedDataset.load(config.prepared_dir)
+    learner = load_learner(config, served_stage(config, dataset).checkpoint, dataset, ranks)
     return dataset, learner.backbone

@@ -12,13 +12,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchrec_pt.config import RunConfig
+from torchrec_pt.config import RunConfig, TrainConfig
+from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.files import write_json
 
 
@@ -58,23 +60,42 @@ def load_result(folder: Path) -> StageResult | None:
     return StageResult(folder, values.pop("fingerprint"), values)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run with at least one trained model.
+def finished_stages(config: RunConfig, dataset: PreparedDataset) -> dict[str, StageResult]:
+    """Folder -> result of every training stage that this configuration and data have done."""
+    expected: dict[str, str] = {}
+    if config.pretrain is not None:
+        expected["pretrain"] = stage_fingerprint(config, dataset, config.pretrain, None)
+    for task, train in config.finetune.tasks.items():
+        start = expected.get("pretrain")
+        expected[f"finetune/{task}/pretrained"] = stage_fingerprint(config, dataset, train, start)
+        expected[f"finetune/{task}/scratch"] = stage_fingerprint(config, dataset, train, None)
+    results = {folder: load_result(config.run_dir / folder) for folder in expected}
+    return {
+        folder: result
+        for folder, result in results.items()
+        if result is not None and result.fingerprint == expected[folder]
+    }
 
-    Attributes:
-        serving: the stage whose model is served: fine-tuned, or else pretrained.
-    """
 
-    config: RunConfig
-    serving: StageResult
+def stage_fingerprint(
+    config: RunConfig, dataset: PreparedDataset, train: TrainConfig, start: str | None
+) -> str:
+    """Names everything that a training stage's result depends on; `start`: where it starts from."""
+    parts = (
+        dataset.manifest.fingerprint,
+        config.model.digest(),
+        train.digest(exclude=frozenset({"control", "keep_checkpoints"})),
+        config.seed,
+        start,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def load_run(run_dir: Path) -> Run:
-    """Read what a run left.
+def load_run_config(run_dir: Path) -> RunConfig:
+    """The resolved configuration of a run, wherever its folder is now.
 
     Raises:
-        ValueError: no run, or one without a trained model.
+        ValueError: no run there.
     """
     try:
         config = RunConfig.model_validate_json((run_dir / "config.json").read_text())
@@ -82,8 +103,20 @@ def load_run(run_dir: Path) -> Run:
         raise ValueError(
             f"{run_dir}: holds no run; give the run_dir of a finished torchrec-pt run"
         ) from None
-    for folder in (run_dir / "finetune/ranking/pretrained", run_dir / "pretrain"):
-        serving = load_result(folder)
-        if serving is not None:
-            return Run(config, serving)
-    raise ValueError(f"{run_dir}: holds no trained model yet; run its pretrain stage first")
+    return config.model_copy(update={"run_dir": run_dir})
+
+
+def served_stage(config: RunConfig, dataset: PreparedDataset) -> StageResult:
+    """The stage whose model is served: fine-tuned for ranking, or else pretrained.
+
+    Raises:
+        ValueError: neither was trained from this configuration and data.
+    """
+    finished = finished_stages(config, dataset)
+    for folder in ("finetune/ranking/pretrained", "pretrain"):
+        if folder in finished:
+            return finished[folder]
+    raise ValueError(
+        f"{config.run_dir}: holds no model trained from its configuration and data; "
+        "run its pretrain stage first"
+    )

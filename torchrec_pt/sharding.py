@@ -111,7 +111,7 @@ def shard(
             storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
         )
         plan = planner.collective_plan(module, sharders, dist.group.WORLD)
-    return DistributedModelParallel(
+    model = DistributedModelParallel(
         module,
         env=ShardingEnv.from_process_group(dist.group.WORLD),
         device=ranks.device,
@@ -119,6 +119,9 @@ def shard(
         sharders=sharders,
         init_data_parallel=ranks.world_size > 1,
     )
+    if ranks.world_size == 1:
+        model.module.to(ranks.device)  # what DDP would have done
+    return model
 
 
 def _topology(ranks: Ranks) -> Topology:

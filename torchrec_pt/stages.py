@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, joined_ranks, raised_together
 from torchrec_pt.files import write_json
 from torchrec_pt.optim import Optimizers
-from torchrec_pt.runs import StageResult, load_result
+from torchrec_pt.runs import StageResult, load_result, stage_fingerprint
 from torchrec_pt.train import Trainer
 from torchrec_pt.transfer import load_pretrained
 from torchrec_pt.validation import monitor_of, validation
@@ -71,7 +70,7 @@ def train_stage(
     """
     config, ranks = stage.config, stage.ranks
     start = start_from.fingerprint if start_from is not None else None
-    fingerprint = _fingerprint(config, dataset, train, start)
+    fingerprint = stage_fingerprint(config, dataset, train, start)
     monitor = monitor_of(objectives)
     path = config.run_dir / folder
     finished = load_result(path)
@@ -127,34 +126,3 @@ def train_stage(
         if ranks.is_first:
             result.save()
     return result
-
-
-def finished_stages(config: RunConfig, dataset: PreparedDataset) -> dict[str, StageResult]:
-    """Folder -> result of every training stage that this configuration and data have done."""
-    expected: dict[str, str] = {}
-    if config.pretrain is not None:
-        expected["pretrain"] = _fingerprint(config, dataset, config.pretrain, None)
-    for task, train in config.finetune.tasks.items():
-        start = expected.get("pretrain")
-        expected[f"finetune/{task}/pretrained"] = _fingerprint(config, dataset, train, start)
-        expected[f"finetune/{task}/scratch"] = _fingerprint(config, dataset, train, None)
-    results = {folder: load_result(config.run_dir / folder) for folder in expected}
-    return {
-        folder: result
-        for folder, result in results.items()
-        if result is not None and result.fingerprint == expected[folder]
-    }
-
-
-def _fingerprint(
-    config: RunConfig, dataset: PreparedDataset, train: TrainConfig, start: str | None
-) -> str:
-    """Names everything that a training stage's result depends on; `start`: where it starts from."""
-    parts = (
-        dataset.manifest.fingerprint,
-        config.model.digest(),
-        train.digest(exclude=frozenset({"control", "keep_checkpoints"})),
-        config.seed,
-        start,
-    )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

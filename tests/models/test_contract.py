@@ -80,6 +80,7 @@ def test_nobody_and_nothing_have_no_rows(build: Callable[..., Backbone]) -> None
 def test_an_empty_history_gives_a_finite_vector(build: Callable[..., Backbone]) -> None:
     users = build().encode_users(torch.tensor([-1, 1]), _history((0, 0)))
     assert torch.isfinite(users).all()
+    assert users.requires_grad  # DDP wants the same graph from a rank that has only such rows
 
 
 def test_the_longest_history_is_read(build: Callable[..., Backbone]) -> None:

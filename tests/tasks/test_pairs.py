@@ -25,6 +25,7 @@ from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.evaluate import predict_pairs
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.rng import RowNoise
+from torchrec_pt.tasks import pairs
 from torchrec_pt.tasks.ctr import click_labels
 from torchrec_pt.tasks.pairs import PairTask, held_out_pairs, item_biases
 
@@ -103,7 +104,7 @@ def test_a_held_out_row_is_asked_once_with_what_was_known_before_it(
     splits = dataset.split.tolist()
     seen = []
     for user, history, targets in zip(
-        asked.users.tolist(), _parts(asked.history), _parts(asked.targets), strict=True
+        asked.users.tolist(), _parts(asked.history(999)), _parts(asked.targets), strict=True
     ):
         for row in targets:
             known = [r for r in range(row) if user_of[r] == user and splits[r] < code]
@@ -169,12 +170,12 @@ def test_predictions_are_the_formula_written_out(
         expected = [
             _written_out(task, backbone, scattered, user, history, row)
             for user, history, rows in zip(
-                asked.users.tolist(), _parts(asked.history), _parts(asked.targets), strict=True
+                asked.users.tolist(), _parts(asked.history(999)), _parts(asked.targets), strict=True
             )
             for row in rows
         ]
     torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-4, atol=1e-5)
-    assert min(len(history) for history in _parts(asked.history)) < 3
+    assert min(len(history) for history in _parts(asked.history(999))) < 3
 
 
 def _written_out(
@@ -196,7 +197,8 @@ def _written_out(
     item_vector = backbone.encode_items(target, table[target])[0]
     memory = backbone.encode_items(ids, table[ids])
     residual = task.labels[torch.tensor(history, dtype=torch.int64)] - task.mean - bias[ids]
-    mean = residual.sum() / (len(history) + 10)
+    information = 4 * task.mean * (1 - task.mean) if task.name == "ctr" else 1.0
+    mean = residual.sum() / (len(history) + 10 / information)
 
     def likeness(x: Tensor) -> Tensor:
         return attention.likeness(attention.norm(x))
@@ -221,11 +223,11 @@ def _written_out(
         ]
     )
     hidden = F.gelu(head.hidden[0](x))
-    deviation = bias[target[0]] + echoes @ head.echo_weight + head.out(hidden)[0]
+    deviation, learned = bias[target[0]] + echoes @ head.echo_weight, head.out(hidden)[0]
     if task.name == "rating":
-        return float((task.mean + deviation).clamp(1, 5))
-    base = math.log(task.mean / (1 - task.mean))
-    return 1 / (1 + math.exp(-(base + float(deviation) / (task.mean * (1 - task.mean)))))
+        return float((task.mean + deviation + learned).clamp(1, 5))
+    logit = math.log(task.mean / (1 - task.mean)) + deviation / (task.mean * (1 - task.mean))
+    return float(torch.sigmoid(logit + learned))
 
 
 @EVERY_TASK
@@ -238,7 +240,7 @@ def test_a_label_that_is_asked_does_not_reach_its_own_prediction(
     before = task.predict(
         backbone, embedded(task.draw_asked(asked), backbone.items.weight), asked.users
     )
-    task.labels[scattered.split == 2] = 99.0
+    task.labels = torch.where(scattered.split == 2, 99.0, task.labels)
     after = task.predict(
         backbone, embedded(task.draw_asked(asked), backbone.items.weight), asked.users
     )
@@ -247,8 +249,7 @@ def test_a_label_that_is_asked_does_not_reach_its_own_prediction(
 
 def test_item_biases_are_shrunk_mean_deviations() -> None:
     items, labels = torch.tensor([0, 2, 0, 0]), torch.tensor([5.0, 1.0, 4.0, 2.0])
-    mean, biases = item_biases(items, labels, 4, shrinkage=2.0)
-    assert mean == 3.0
+    biases = item_biases(items, labels - 3.0, 4, shrinkage=2.0)
     assert biases.tolist() == pytest.approx([(2 + 1 - 1) / 5, 0, -2 / 3, 0])
 
 
@@ -260,8 +261,10 @@ def test_the_biases_alone_are_mean_item_and_user(scattered: PreparedDataset, nam
     items, labels = scattered.interactions.values.tolist(), task.labels.tolist()
     bias = task.item_bias.weight.squeeze(1).tolist()
     expected = []
-    for history, rows in zip(_parts(asked.history), _parts(asked.targets), strict=True):
-        user = sum(labels[r] - task.mean - bias[items[r]] for r in history) / (len(history) + 10)
+    for history, rows in zip(_parts(asked.history(999)), _parts(asked.targets), strict=True):
+        user = sum(labels[r] - task.mean - bias[items[r]] for r in history) / (
+            len(history) + task.shrinkage
+        )
         for row in rows:
             deviation = bias[items[row]] + user
             value = task.mean + deviation
@@ -271,6 +274,41 @@ def test_the_biases_alone_are_mean_item_and_user(scattered: PreparedDataset, nam
                 value = odds / (1 + odds)
             expected.append(value)
     assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_rare_clicks_start_no_worse_than_their_rate(cycle: PreparedDataset) -> None:
+    """One click among a hundred impressions must not be echoed as certainty."""
+    generator = torch.Generator().manual_seed(3)
+    clicks = (torch.rand(len(cycle.split), generator=generator) < 0.03).float()
+    rare = dataclasses.replace(cycle, label=clicks)
+    config = tiny_config(
+        Path(), model={"dim": DIM, "max_length": 5, "num_layers": 1}, finetune={"ctr": {}}
+    )
+    task, backbone = _built(config, rare)
+    asked = held_out_pairs(rare, "test")
+    labels = clicks[asked.targets.values]
+    constant = F.binary_cross_entropy(torch.full_like(labels, task.mean), labels)
+    drawn = embedded(task.draw_asked(asked), backbone.items.weight)
+    with torch.no_grad():
+        start = task.predict(backbone, drawn, asked.users)
+    for predictions in (start, task.predict_by_biases(asked)):
+        assert F.binary_cross_entropy(predictions, labels) < 1.1 * constant
+
+
+def test_many_targets_of_one_history_are_asked_in_pieces(
+    cycle: PreparedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = dataclasses.replace(cycle, split=torch.where(cycle.split == 0, cycle.split, 2))
+    late.split[cycle.interactions.positions > 1] = 2
+    whole = held_out_pairs(late, "test")
+    monkeypatch.setattr(pairs, "MOST_TARGETS", 3)
+    cut = held_out_pairs(late, "test")
+    assert int(whole.targets.lengths.max()) > 3
+    assert int(cut.targets.lengths.max()) == 3
+    assert torch.equal(cut.targets.values, whole.targets.values)
+    for field in ("users", "num_known"):
+        one, other = (getattr(a, field)[a.targets.rows] for a in (whole, cut))
+        assert torch.equal(one, other)
 
 
 # --- labels -------------------------------------------------------------------------------------

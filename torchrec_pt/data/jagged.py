@@ -72,26 +72,26 @@ class Jagged:
     def select(self, rows: Tensor) -> Jagged:
         """The rows named by `rows` (S,) int64, in that order; a row may be named twice."""
         starts = self.offsets[rows]  # not `lengths`, which would visit every row
-        return self._slices(starts, self.offsets[rows + 1] - starts)
+        return self.slices(starts, self.offsets[rows + 1] - starts)
 
     def tail(self, max_length: int) -> Jagged:
         """The last `max_length` entries of each row, or all where a row is shorter."""
         if max_length < 0:
             raise ValueError(f"Jagged.tail: max_length must be 0 or more, given {max_length}")
         lengths = self.lengths.clamp(max=max_length)
-        return self._slices(self.offsets[1:] - lengths, lengths)
+        return self.slices(self.offsets[1:] - lengths, lengths)
 
     def windows(self, starts: Tensor, lengths: Tensor) -> Jagged:
         """Of each row the stretch of `lengths` (R,) entries from place `starts` (R,)."""
-        return self._slices(self.offsets[:-1] + starts, lengths)
+        return self.slices(self.offsets[:-1] + starts, lengths)
 
     def filter(self, keep: Tensor) -> Jagged:
         """The entries where `keep` (T,) bool is true; a row may become empty, none goes away."""
         kept_before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
         return Jagged(self.values[keep], kept_before[self.offsets])
 
-    def _slices(self, starts: Tensor, lengths: Tensor) -> Jagged:
-        """Rows values[starts[i]:starts[i] + lengths[i]]."""
+    def slices(self, starts: Tensor, lengths: Tensor) -> Jagged:
+        """Rows values[starts[i]:starts[i] + lengths[i]]; starts (S,) count from the first value."""
         offsets = _offsets(lengths)
         total = int(offsets[-1])
         shift = (starts - offsets[:-1]).repeat_interleave(lengths, output_size=total)

@@ -130,6 +130,11 @@ def _describe(path: Path) -> Source:
         return Source(name=str(path), num_bytes=path.stat().st_size, sha256=sha256(path))
 
 
+def is_prepared_from(manifest: Manifest, config: DataConfig, seed: int) -> bool:
+    """Whether a dataset was made from this `data` section and seed, whatever its files hold now."""
+    return manifest.fingerprint == _fingerprint(config, seed, manifest.sources)
+
+
 def _fingerprint(config: DataConfig, seed: int, sources: tuple[Source, ...]) -> str:
     content = {
         "config": config.model_dump(mode="json", exclude={"prepared"}),

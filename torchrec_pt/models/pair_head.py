@@ -2,7 +2,7 @@
 
 The head starts from biases and adds what two neighbourhoods say:
 
-    y = base + slope · (b_i + w · [m_u, a_ui] + MLP(u, i, u ⊙ i, z_ui, features, m_u, a_ui))
+    y = base + slope · (b_i + w · [m_u, a_ui]) + MLP(u, i, u ⊙ i, z_ui, features, m_u, a_ui)
 
 b_i is the item's bias, m_u the mean of the residuals in the user's history (Koren 2010,
 "Factor in the neighbors", section 2.1), and a_ui their mean by attention from the target item
@@ -44,23 +44,34 @@ class Pairs:
 
 
 class PairHead(nn.Module):
-    """Everything but base, slope and b_i of the formula above; starts as w · [m_u, a_ui]."""
+    """w · [m_u, a_ui] and the MLP of the formula above; the MLP starts at 0.
+
+    Args:
+        shrinkage: observations that pull m_u to 0.
+        attention_weight: where the weight of a_ui starts.
+    """
 
     def __init__(
-        self, dim: int, num_fields: int, hidden_dims: tuple[int, ...], shrinkage: float
+        self,
+        dim: int,
+        num_fields: int,
+        hidden_dims: tuple[int, ...],
+        *,
+        shrinkage: float,
+        attention_weight: float,
     ) -> None:
         super().__init__()
         self.shrinkage = shrinkage
         self.attention = HistoryAttention(dim)
-        self.echo_weight = nn.Parameter(torch.tensor([0.5, 0.5]))
+        self.echo_weight = nn.Parameter(torch.tensor([0.5, attention_weight]))
         widths = [(4 + num_fields) * dim + 2, *hidden_dims]
         self.hidden = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
         self.out = nn.Linear(widths[-1], 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, pairs: Pairs, drop: RowDropout) -> Tensor:
-        """(P,)"""
+    def forward(self, pairs: Pairs, drop: RowDropout) -> tuple[Tensor, Tensor]:
+        """(P,) w · [m_u, a_ui], and (P,) the MLP."""
         row = pairs.targets.rows
         # Indexing would add up its gradient in the order in which threads come.
         user, item = F.embedding(row, pairs.users), pairs.targets.values
@@ -70,7 +81,7 @@ class PairHead(nn.Module):
         x = torch.cat([user, item, user * item, attended, pairs.fields.flatten(1), echoes], dim=1)
         for layer in self.hidden:
             x = drop(F.gelu(layer(x)))
-        return echoes @ self.echo_weight + self.out(x).squeeze(1)
+        return echoes @ self.echo_weight, self.out(x).squeeze(1)
 
 
 class HistoryAttention(nn.Module):

@@ -106,8 +106,8 @@ class Transformer(Backbone):
         encoded = self.encode_positions(history, noise, is_masked=is_masked)
         has_last = history.lengths > 0
         last = (history.offsets[1:] - 1).clamp(min=0)
-        if not len(encoded):
-            return encoded.new_zeros(history.num_rows, self.dim)
+        # One row more, so that the graph is the same on a rank without a token.
+        encoded = torch.cat([encoded, encoded.new_zeros(1, self.dim)])
         return torch.where(has_last.unsqueeze(1), encoded[last], 0.0)
 
     def _slot(self, tokens: Jagged) -> Tensor:

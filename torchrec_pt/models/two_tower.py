@@ -2,8 +2,8 @@
 
 Covington, Adams, Sargin 2016 (YouTube, section 3: a history as the mean of its item
 embeddings) and Yi et al. 2019 (two towers joined by an inner product). Each tower adds to its
-base, the pooled history or the item's row, what an MLP makes of base and features, so that
-without features it is matrix factorization to begin with.
+base, the pooled history or the item's row, what an MLP makes of base and features, little
+at first: it starts near matrix factorization.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Tower(nn.Module):
         widths = [(1 + num_fields) * dim, *hidden_dims]
         self.hidden = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
         self.out = nn.Linear(widths[-1], dim)
+        nn.init.normal_(self.out.weight, std=0.02)  # small beside the base, as its rows are
+        nn.init.zeros_(self.out.bias)
 
     def forward(
         self, base: Tensor, fields: Tensor, drop: Callable[[Tensor], Tensor] = lambda x: x

@@ -21,12 +21,16 @@ class CtrTask(PairTask):
 
     def __init__(self, config: CtrConfig, model: ModelConfig, dataset: PreparedDataset) -> None:
         super().__init__(config, model, dataset, click_labels(config, dataset))
-        # A deviation of the probability as one of the logit, to first order around the mean.
-        self._slope = 1 / (self.mean * (1 - self.mean))
-        self._base = math.log(self.mean / (1 - self.mean))
+
+    @property
+    def information(self) -> float:
+        """A label's variance, beside that of a fair coin: one of many impressions says little."""
+        return 4 * self.mean * (1 - self.mean)
 
     def link(self, deviation: Tensor) -> Tensor:
-        return self._base + self._slope * deviation
+        """The logit, where a deviation of the probability counts to first order around the mean."""
+        base = math.log(self.mean / (1 - self.mean))
+        return base + deviation / (self.mean * (1 - self.mean))
 
     def final(self, linked: Tensor) -> Tensor:
         return torch.sigmoid(linked)

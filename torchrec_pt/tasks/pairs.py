@@ -24,7 +24,7 @@ from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.dropout import RowDropout
 from torchrec_pt.models.feature_encoder import FeatureEncoder
-from torchrec_pt.models.pair_head import PairHead, Pairs, shrunk_means
+from torchrec_pt.models.pair_head import PairHead, Pairs
 from torchrec_pt.objectives.loss_term import LossTerm
 from torchrec_pt.rng import RowNoise
 
@@ -34,17 +34,25 @@ class Asked:
     """Interactions to be judged, by row of interactions.parquet, and what was known before them.
 
     Attributes:
-        users: (R,) int64.
-        history: R rows of the interactions that the user had before, in time order.
+        users: (R,) int64; −1 for a padding row.
+        known: the interactions of every user that could be known, in time order.
+        num_known: (R,) int64, how many of its user's were before the asked ones.
         targets: R rows of the interactions that are asked.
     """
 
     users: Tensor
-    history: Jagged
+    known: Jagged
+    num_known: Tensor
     targets: Jagged
 
     def select(self, rows: Tensor) -> Asked:
-        return Asked(self.users[rows], self.history.select(rows), self.targets.select(rows))
+        return Asked(self.users[rows], self.known, self.num_known[rows], self.targets.select(rows))
+
+    def history(self, most: int) -> Jagged:
+        """R rows of the newest known interactions, at most `most` each."""
+        lengths = self.num_known.clamp(max=most)
+        start = self.known.offsets[self.users.clamp(min=0)] + self.num_known - lengths
+        return self.known.slices(start, lengths)
 
 
 class PairTask(nn.Module, ABC):
@@ -69,19 +77,34 @@ class PairTask(nn.Module, ABC):
         self.labels = labels
         rows = torch.arange(len(labels))
         self._train = dataset.interactions.with_values(rows).filter(is_train)
-        mean, biases = item_biases(
-            self._items[is_train], labels[is_train], dataset.num_items, config.shrinkage
+        self.mean = float(labels[is_train].double().mean())
+        self.shrinkage = config.shrinkage / self.information
+        biases = item_biases(
+            self._items[is_train],
+            labels[is_train] - self.mean,
+            dataset.num_items,
+            self.shrinkage,
         )
-        self.mean = mean
         self.item_bias = nn.Embedding.from_pretrained(biases.unsqueeze(1), freeze=False)
         encoders: dict[str, FeatureEncoder] = {
             of: FeatureEncoder(load_entity_features(dataset, of), model.dim) for of in _ENTITIES
         }
         self.features = nn.ModuleDict(dict(encoders))
         num_fields = sum(encoder.num_fields for encoder in encoders.values())
-        self.head = PairHead(model.dim, num_fields, config.hidden_dims, config.shrinkage)
+        self.head = PairHead(
+            model.dim,
+            num_fields,
+            config.hidden_dims,
+            shrinkage=self.shrinkage,
+            attention_weight=0.5 * self.information,
+        )
 
     # --- the task's own ---------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def information(self) -> float:
+        """What one label tells of a mean, beside one of the most telling kind; in (0, 1]."""
 
     @abstractmethod
     def link(self, deviation: Tensor) -> Tensor:
@@ -105,12 +128,11 @@ class PairTask(nn.Module, ABC):
         lot = keys.noise.per_row(f"{self.name}.cut", 1).squeeze(1)
         cut = (lot * lengths).long().minimum((lengths - 1).clamp(min=0))
         num_targets = (lengths - cut).clamp(max=self.config.targets_per_cut)
-        history = trained.windows(0 * cut, cut)
-        return self.draw_asked(Asked(keys.users, history, trained.windows(cut, num_targets)))
+        targets = trained.windows(cut, num_targets)
+        return self.draw_asked(Asked(keys.users, self._train, cut, targets))
 
     def draw_asked(self, asked: Asked) -> Draw:
-        history = asked.history.tail(self.history_length)
-        targets = asked.targets
+        history, targets = asked.history(self.history_length), asked.targets
         return Draw(
             lookups={
                 "history": history.with_values(self._items[history.values]),
@@ -130,17 +152,17 @@ class PairTask(nn.Module, ABC):
     ) -> LossTerm:
         keys = keys.copies(self.config.cuts_per_user)
         label = drawn.tensors["label"]
-        linked = self.link(self._deviation(backbone, drawn, keys.users, keys.noise))
+        linked = self._linked(backbone, drawn, keys.users, keys.noise)
         return LossTerm(self.losses(linked, label).sum(), label.new_tensor(float(len(label))))
 
     def predict(self, backbone: Backbone, drawn: Embedded, users: Tensor) -> Tensor:
         """(P,) in the unit of the labels."""
-        return self.final(self.link(self._deviation(backbone, drawn, users, None)))
+        return self.final(self._linked(backbone, drawn, users, None))
 
-    def _deviation(
+    def _linked(
         self, backbone: Backbone, drawn: Embedded, users: Tensor, noise: RowNoise | None
     ) -> Tensor:
-        """(P,) from the mean label."""
+        """(P,) the formula of `pair_head`."""
         history, target = drawn.ids["history"], drawn.ids["target"]
         rows, target_rows = drawn.vectors["history"], drawn.vectors["target"]
         row = target.rows
@@ -158,29 +180,36 @@ class PairTask(nn.Module, ABC):
             fields=torch.cat(fields, dim=1),
         )
         drop = RowDropout(self.config.dropout, noise, f"{self.name}.dropout", row, target.positions)
-        return self.item_bias(target.values).squeeze(1) + self.head(pairs, drop)
+        echo, learned = self.head(pairs, drop)
+        return self.link(self.item_bias(target.values).squeeze(1) + echo) + learned
 
     def predict_by_biases(self, asked: Asked) -> Tensor:
         """(P,) prediction from the mean, the item's bias and the user's mean residual alone.
 
         Koren 2010, section 2.1, with the biases of training data; the user's from all of the
-        history. It is what the head starts from, up to the attention.
+        history, where the head starts from half of that over the newest rows, and half of what
+        the attention says.
         """
-        biases = self.item_bias.weight.detach().squeeze(1).cpu()
-        known = asked.history.values
+        biases = self.item_bias.weight.detach().squeeze(1).cpu().double()
+        known = asked.known.values
         residuals = self.labels[known] - self.mean - biases[self._items[known]]
-        user = shrunk_means(asked.history.with_values(residuals), self.config.shrinkage)
+        sums = torch.cat([residuals.new_zeros(1), residuals.cumsum(0)])
+        start = asked.known.offsets[asked.users]
+        user = (sums[start + asked.num_known] - sums[start]) / (
+            asked.num_known + self.shrinkage
+        ).clamp(min=1)
         deviation = user[asked.targets.rows] + biases[self._items[asked.targets.values]]
-        return self.final(self.link(deviation))
+        return self.final(self.link(deviation)).float()
 
 
+MOST_TARGETS = 64  # more would make a block of rows, padded to the longest, large
 _ENTITIES: tuple[Literal["user", "item", "interaction"], ...] = ("user", "item", "interaction")
 
 
 def held_out_pairs(dataset: PreparedDataset, split: Literal["valid", "test"]) -> Asked:
     """Every interaction of `split`; its user's earlier ones of the splits before it are known.
 
-    Interactions of one user with the same history share a row.
+    Interactions of one user with the same history share a row, up to MOST_TARGETS of them.
     """
     code = SPLIT_CODES[split]
     rows = torch.arange(len(dataset.split))
@@ -189,25 +218,23 @@ def held_out_pairs(dataset: PreparedDataset, split: Literal["valid", "test"]) ->
     num_known_before = is_known.cumsum(0) - is_known.long()
     asked = torch.nonzero(dataset.split == code).squeeze(1)
     user, before = dataset.interactions.rows[asked], num_known_before[asked]
-    key, counts = torch.unique_consecutive(user * (len(rows) + 1) + before, return_counts=True)
-    users, before = key // (len(rows) + 1), key % (len(rows) + 1)
-    starts = torch.zeros_like(users)
-    return Asked(
-        users=users,
-        history=known.select(users).windows(starts, before - known.offsets[users]),
-        targets=Jagged.from_lengths(asked, counts),
-    )
+    key = user * (len(rows) + 1) + before
+    _, counts = torch.unique_consecutive(key, return_counts=True)
+    place = Jagged.from_lengths(asked, counts).positions
+    piece = torch.stack([key, place // MOST_TARGETS])
+    _, counts = torch.unique_consecutive(piece, dim=1, return_counts=True)
+    targets = Jagged.from_lengths(asked, counts)
+    first = targets.offsets[:-1]
+    users = user[first]
+    return Asked(users, known, before[first] - known.offsets[users], targets)
 
 
-def item_biases(
-    items: Tensor, labels: Tensor, num_items: int, shrinkage: float
-) -> tuple[float, Tensor]:
-    """The mean label, and (num_items,) float32 each item's shrunk mean deviation from it.
+def item_biases(items: Tensor, deviations: Tensor, num_items: int, shrinkage: float) -> Tensor:
+    """(num_items,) float32: each item's shrunk mean deviation.
 
     Args:
-        items: (N,) int64.  labels: (N,) float32.
+        items: (N,) int64.  deviations: (N,) float32 of the labels from their mean.
     """
-    mean = float(labels.double().mean())
-    sums = torch.zeros(num_items, dtype=torch.float64).index_add(0, items, labels.double() - mean)
+    sums = torch.zeros(num_items, dtype=torch.float64).index_add(0, items, deviations.double())
     counts = torch.bincount(items, minlength=num_items)
-    return mean, (sums / (counts + shrinkage).clamp(min=1)).float()
+    return (sums / (counts + shrinkage).clamp(min=1)).float()
