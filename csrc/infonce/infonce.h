@@ -4,7 +4,13 @@
 //   s_it  = q_i . k_t / tau + key_bias_t - log_q_positive_i            for the target t = t_i
 //   lse_i = log sum_j exp(s_ij)
 //
-// The InfoNCE loss is lse_i - s_it. Nothing of size B x N is ever held.
+// The InfoNCE loss is lse_i - s_it. The symmetric loss of the pair i (t_i = i, B <= N) averages it
+// with the same over column i, which knows no log_q, no log_q_positive and no key_bias:
+//
+//   c_ij   = q_i . k_j / tau    for j < B and the i that may see j, of a weight other than 0
+//   loss_i = (lse_i - s_ii + log sum_r exp(c_ri) - c_ii) / 2
+//
+// Nothing of size B x N is ever held.
 
 #pragma once
 
@@ -30,7 +36,8 @@ struct InfonceProblem {
   OptionalTensor key_bias;        // (N,) float
 };
 
-// Raises ValueError with one line where shapes, dtypes, devices or combinations are wrong.
+// Raise ValueError with one line where shapes, dtypes, devices or combinations are wrong.
 void check_infonce(const InfonceProblem& problem);
+void check_infonce_symmetric(const InfonceProblem& problem, const OptionalTensor& row_weight);
 
 }  // namespace torchrec_pt

@@ -26,9 +26,8 @@ void check_vector(const char* name, const OptionalTensor& vector, int64_t size, 
                     vector->device(), " but query is on ", problem.query.device());
 }
 
-}  // namespace
-
-void check_infonce(const InfonceProblem& problem) {
+// What the losses of one and of both directions share.
+void check_common(const InfonceProblem& problem) {
   const auto& [query, keys, target, temperature, log_q, key_ids, query_ids, key_query_ids,
                self_index, log_q_positive, key_bias] = problem;
   TORCH_CHECK_VALUE(query.dim() == 2 && keys.dim() == 2 && query.size(1) == keys.size(1),
@@ -57,10 +56,26 @@ void check_infonce(const InfonceProblem& problem) {
   check_vector("self_index", self_index, num_rows, true, problem);
   check_vector("log_q_positive", log_q_positive, num_rows, false, problem);
   check_vector("key_bias", key_bias, num_keys, false, problem);
-  TORCH_CHECK_VALUE(target || (!key_ids && !log_q_positive),
-                    "infonce: key_ids and log_q_positive need a target");
   TORCH_CHECK_VALUE(query_ids.has_value() == key_query_ids.has_value(),
                     "infonce: query_ids and key_query_ids go together");
+}
+
+}  // namespace
+
+void check_infonce(const InfonceProblem& problem) {
+  check_common(problem);
+  TORCH_CHECK_VALUE(problem.target || (!problem.key_ids && !problem.log_q_positive),
+                    "infonce: key_ids and log_q_positive need a target");
+}
+
+void check_infonce_symmetric(const InfonceProblem& problem, const OptionalTensor& row_weight) {
+  check_common(problem);
+  TORCH_CHECK_VALUE(!problem.target,
+                    "infonce: symmetric takes no target, key i belongs to query i");
+  TORCH_CHECK_VALUE(problem.query.size(0) <= problem.keys.size(0),
+                    "infonce: symmetric needs a key for each query, got ", problem.query.size(0),
+                    " queries and ", problem.keys.size(0), " keys");
+  check_vector("row_weight", row_weight, problem.query.size(0), false, problem);
 }
 
 namespace {
@@ -94,6 +109,20 @@ TORCH_LIBRARY_FRAGMENT(torchrec_pt, m) {
       "Tensor? key_query_ids, Tensor? self_index, Tensor? log_q_positive, Tensor? key_bias) "
       "-> (Tensor total, Tensor grad_query, Tensor grad_keys, Tensor grad_temperature, "
       "Tensor grad_key_bias)");
+  // Both directions. A row of weight 0 has loss 0 and is no negative of a column; other weights do
+  // nothing here. slope is d loss_i / d temperature.
+  m.def(
+      "infonce_symmetric_forward(Tensor query, Tensor keys, Tensor? row_weight, "
+      "Tensor temperature, Tensor? log_q, Tensor? key_ids, Tensor? query_ids, "
+      "Tensor? key_query_ids, Tensor? self_index, Tensor? log_q_positive, Tensor? key_bias) "
+      "-> (Tensor loss, Tensor lse, Tensor column_lse, Tensor slope)");
+  // Of grad_loss . loss; lse and column_lse as forward returned them.
+  m.def(
+      "infonce_symmetric_backward(Tensor grad_loss, Tensor lse, Tensor column_lse, "
+      "Tensor query, Tensor keys, Tensor? row_weight, Tensor temperature, "
+      "Tensor? log_q, Tensor? key_ids, Tensor? query_ids, Tensor? key_query_ids, "
+      "Tensor? self_index, Tensor? log_q_positive, Tensor? key_bias) "
+      "-> (Tensor grad_query, Tensor grad_keys, Tensor grad_key_bias)");
 }
 
 #ifndef TORCHREC_PT_WITH_CUDA
@@ -101,6 +130,8 @@ TORCH_LIBRARY_IMPL(torchrec_pt, CUDA, m) {
   m.impl("infonce_forward", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
   m.impl("infonce_backward", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
   m.impl("infonce_sum", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  m.impl("infonce_symmetric_forward", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  m.impl("infonce_symmetric_backward", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
 }
 #endif
 
