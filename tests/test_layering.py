@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"config", "config_file", "rng", "distributed", "files", "events", "progress", "_C"},
     {"data", "ops", "metrics", "checkpoint", "runs"},
-    {"models", "sharding"},
+    {"global_negatives"},
+    {"models", "sharding", "ring"},
     {"objectives", "tasks"},
     {"learner", "optim"},
     {"build", "train", "transfer", "scoring", "evaluate", "baselines"},

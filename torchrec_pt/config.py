@@ -203,6 +203,9 @@ class Contrastive(Section):
     )
     temperature: float = Field(0.1, gt=0, description="similarities are divided by it")
     learn_temperature: bool = False
+    negatives_across_ranks: Literal["gather", "ring"] = Field(
+        "gather", description="ring holds the keys of two ranks at a time; the losses are the same"
+    )
     augmentations: tuple[Literal["crop", "mask", "reorder", "dropout"], ...] = Field(
         ("crop", "mask", "reorder"), min_length=1
     )

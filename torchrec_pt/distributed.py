@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,20 +107,27 @@ def raised_together() -> Iterator[None]:
         raise failure or failures[0]
 
 
-def gather_rows(x: Tensor) -> Tensor:
+def gather_integers(values: Sequence[int], device: torch.device) -> list[list[int]]:
+    """The same number of integers (of 64 bits) of each rank, in rank order."""
+    table = torch.zeros(dist.get_world_size(), len(values), dtype=torch.int64, device=device)
+    table[dist.get_rank()] = torch.tensor(values, device=device)
+    return sum_over_ranks(table).tolist()
+
+
+def gather_rows(x: Tensor, counts: list[int] | None = None) -> Tensor:
     """Rows of all ranks, in rank order. The gradient of a row sums over the ranks that used it.
 
     Args:
         x: (B_r, …) on each rank; the B_r may differ.
+        counts: the B_r where they are known already, which saves a collective.
     Returns:
         (Σ B_r, …)
     """
     if dist.get_world_size() == 1:
         return x
-    counts = x.new_zeros(dist.get_world_size(), dtype=torch.int64)
-    counts[dist.get_rank()] = x.shape[0]
-    sizes = sum_over_ranks(counts).tolist()
-    return _GatherRows.apply(x, sizes)
+    if counts is None:
+        counts = [count for (count,) in gather_integers([x.shape[0]], x.device)]
+    return _GatherRows.apply(x, counts)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -132,7 +139,7 @@ class _GatherRows(torch.autograd.Function):
         padded[: x.shape[0]] = x
         gathered = x.new_empty((len(sizes) * longest, *x.shape[1:]))
         dist.all_gather_single(gathered, padded)
-        blocks = gathered.split(longest)
+        blocks = gathered.unflatten(0, (len(sizes), longest))
         return torch.cat([block[:size] for block, size in zip(blocks, sizes, strict=True)])
 
     @staticmethod
@@ -144,6 +151,22 @@ class _GatherRows(torch.autograd.Function):
         mine = grad.new_empty((longest, *grad.shape[1:]))
         dist.reduce_scatter_single(mine, padded.flatten(0, 1))
         return mine[: ctx.sizes[dist.get_rank()]], None
+
+
+def start_ring_exchange(sent: Sequence[Tensor], received: Sequence[Tensor]) -> list[dist.Work]:
+    """Begin to send to the next rank and to receive from the one before, the last from the first.
+
+    Args:
+        sent: contiguous tensors, left alone until the exchange is over. Empty ones do not travel.
+        received: contiguous tensors of the shapes and dtypes that the rank before sends.
+    Returns:
+        The exchange is over when each of these has been waited for.
+    """
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    to, source = (rank + 1) % num_ranks, (rank - 1) % num_ranks
+    steps = [dist.P2POp(dist.isend, tensor, to) for tensor in sent if tensor.numel()]
+    steps += [dist.P2POp(dist.irecv, tensor, source) for tensor in received if tensor.numel()]
+    return dist.batch_isend_irecv(steps) if steps else []
 
 
 def logsumexp_over_ranks(lse: Tensor) -> Tensor:

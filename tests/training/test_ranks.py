@@ -20,6 +20,7 @@ WORKER = Path(__file__).parent / "losses.py"
 MASKED = {"name": "masked_item"}
 VIEWS = {"name": "contrastive", "weight": 0.5, "learn_temperature": True}
 PAIRS = {"name": "contrastive", "pairs": "user_item"}
+RING = {"negatives_across_ranks": "ring"}
 PAIRS_OF: dict[str, dict[str, Any]] = {
     "ctr": {"positive_rating": 3, "cuts_per_user": 2},
     "rating": {"targets_per_cut": 3},
@@ -62,6 +63,8 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
     cases = {
         "masked + views": case(both, replicated, pretrain=pretrain(MASKED, VIEWS)),
         "pairs": case(both, replicated, pretrain=pretrain(PAIRS)),
+        "views, ring": case(both, replicated, pretrain=pretrain({**VIEWS, **RING})),
+        "pairs, ring": case(both, replicated, pretrain=pretrain({**PAIRS, **RING})),
         "next": case("causal", replicated, pretrain=pretrain({"name": "next_item"})),
         "softmax": case(both, replicated, finetune=ranking("softmax")),
         "bpr": case("causal", replicated, finetune=ranking("bpr")),

@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from torchrec_pt.config import Contrastive, ModelConfig
 from torchrec_pt.data.batch import Draw, Embedded, RowKeys, Rows
 from torchrec_pt.data.jagged import Jagged
-from torchrec_pt.distributed import gather_rows
+from torchrec_pt.distributed import sum_over_ranks
+from torchrec_pt.global_negatives import AcrossRanks, Keys, gathered_infonce_loss
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.objectives.loss_term import LossTerm
 from torchrec_pt.objectives.windows import draw_windows
-from torchrec_pt.ops.infonce import infonce_loss
+from torchrec_pt.ring import ring_infonce_loss
 from torchrec_pt.rng import RowNoise
+
+LOSSES: dict[str, AcrossRanks] = {"gather": gathered_infonce_loss, "ring": ring_infonce_loss}
 
 
 class ContrastiveObjective(nn.Module):
@@ -38,6 +41,7 @@ class ContrastiveObjective(nn.Module):
         self.name = config.name
         self.scale = config.weight
         self.config = config
+        self._infonce = LOSSES[config.negatives_across_ranks]
         self.max_length = model.history_length
         # exp keeps it positive while it is learned (CLIP, Radford et al. 2021, section 2.5).
         log_temperature = torch.tensor(math.log(config.temperature))
@@ -127,43 +131,33 @@ class ContrastiveObjective(nn.Module):
             keys.users, drawn.vectors["views"], keys.noise, is_masked=drawn.tensors["is_masked"]
         )
         view, weight = self._scaled(encoded), keys.weight
-        own = _first_gathered(view) + torch.arange(len(view), device=view.device)
-        total = infonce_loss(
+        own = torch.arange(len(view), device=view.device)
+        total = self._infonce(
             view,
-            gather_rows(view),
+            Keys(view, log_q=_without_padding(weight)),
             own.roll(len(view) // 2),
             temperature=self.temperature,
-            self_index=own,
-            log_q=_without_padding(gather_rows(weight)),
+            # Every rank holds equally many.
+            self_index=dist.get_rank() * len(view) + own,
             row_weight=weight,
-            reduction="sum",
         )
         return LossTerm(total, weight.sum())
 
     def _pairs_loss(self, backbone: Backbone, drawn: Embedded, keys: RowKeys) -> LossTerm:
         user = backbone.encode_users(keys.users, drawn.vectors["history"], keys.noise)
-        item = backbone.encode_items(drawn.ids["item"].values, drawn.vectors["item"].values)
-        user, item = self._scaled(user), self._scaled(item)
+        ids = drawn.ids["item"].values
+        item = backbone.encode_items(ids, drawn.vectors["item"].values)
         weight = keys.weight * drawn.tensors["has_target"]
-        ids, key_weight = gather_rows(drawn.ids["item"].values), gather_rows(weight)
         # An item is among the negatives as often as its share of the training data says.
-        log_expected_count = self.log_share[ids] + key_weight.sum().clamp(min=1).log()
-        total = infonce_loss(
-            user,
-            gather_rows(item),
-            _first_gathered(item) + torch.arange(len(item), device=item.device),
+        num_drawn = sum_over_ranks(weight.sum()).clamp(min=1)
+        log_expected_count = self.log_share[ids] + num_drawn.log()
+        total = self._infonce(
+            self._scaled(user),
+            Keys(self._scaled(item), ids=ids, log_q=log_expected_count + _without_padding(weight)),
             temperature=self.temperature,
-            log_q=log_expected_count + _without_padding(key_weight),
-            key_ids=ids,
             row_weight=weight,
-            reduction="sum",
         )
         return LossTerm(total, weight.sum())
-
-
-def _first_gathered(rows: Tensor) -> int:
-    """Where this rank's rows begin among the gathered ones; every rank holds equally many."""
-    return dist.get_rank() * len(rows)
 
 
 def _without_padding(weight: Tensor) -> Tensor:
