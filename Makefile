@@ -5,7 +5,7 @@ BIN := .venv/bin
 ML100K ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo demo-ray test check bench soak clean
+.PHONY: help setup data demo demo-ray test check bench soak cuda-build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ bench: setup ## run every benchmark; results go to benchmarks/results
 
 soak: setup ## run the long tests
 	$(BIN)/python -m pytest -m soak
+
+cuda-build: ## compile and link the operators for CUDA, in build/cuda (nvcc, no GPU)
+	@$(PYTHON) scripts/cuda_build.py
 
 clean: ## remove what setup and the tools made; data and runs stay
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

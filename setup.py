@@ -31,6 +31,12 @@ def cuda_is_buildable() -> bool:
     return bool(torch.version.cuda and nvcc and sources(".cu"))
 
 
+def cuda_include_dirs() -> list[str]:
+    """torch's headers want cusparse.h and its kin, which a toolkit alone may lack."""
+    packages = Path(torch.__file__).parent.parent / "nvidia"
+    return sorted(str(path) for path in packages.glob("cu*/include"))
+
+
 def build_extension() -> Any:
     with_cuda = cuda_is_buildable()
     archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS) if with_cuda else "none"
@@ -42,7 +48,7 @@ def build_extension() -> Any:
     if not with_cuda:
         return CppExtension(
             "torchrec_pt._C",
-            sources(".cpp"),
+            [path for path in sources(".cpp") if not path.endswith("_cuda.cpp")],
             include_dirs=include_dirs,
             define_macros=macros,
             extra_compile_args={"cxx": CXX_FLAGS},
@@ -50,7 +56,7 @@ def build_extension() -> Any:
     return CUDAExtension(
         "torchrec_pt._C",
         sources(".cpp") + sources(".cu"),
-        include_dirs=include_dirs,
+        include_dirs=include_dirs + cuda_include_dirs(),
         define_macros=[*macros, ("TORCHREC_PT_WITH_CUDA", None)],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
     )
@@ -61,7 +67,8 @@ class IncrementalBuild(BuildExtension):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.build_temp = str(ROOT / "build" / "objects")
+        objects = "objects-cuda" if cuda_is_buildable() else "objects"
+        self.build_temp = str(ROOT / "build" / objects)
 
 
 setup(

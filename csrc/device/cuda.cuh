@@ -11,8 +11,19 @@
 #include "simt/cuda.h"
 #endif
 
+#include <cassert>
 #include <cstddef>
 #include <cstdint>
+
+// Stops the kernel, and names the condition, where it does not hold.
+#ifdef __CUDACC__
+#define TORCHREC_PT_DEVICE_ASSERT(condition) assert(condition)
+#else
+#define TORCHREC_PT_DEVICE_ASSERT(condition) \
+  do {                                       \
+    if (!(condition)) __trap();              \
+  } while (false)
+#endif
 
 namespace torchrec_pt::device {
 

@@ -1,0 +1,30 @@
+"""The CUDA kernels of infonce, with their glue to torch, in the place of the CPU kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tests.simt.build import ROOT, Flavour, build_shared_library
+from torchrec_pt import ops as _ops  # noqa: F401 - defines the operators
+
+INFONCE = ROOT / "csrc" / "infonce"
+TORCH = Path(torch.__file__).resolve().parent
+
+
+def build(flavour: Flavour) -> Path:
+    return build_shared_library(
+        "infonce",
+        sorted(INFONCE.glob("*.cu")),
+        flavour=flavour,
+        host_sources=[INFONCE / "infonce_cuda.cpp", INFONCE / "infonce_check.cpp"],
+        include_dirs=[TORCH / "include", TORCH / "include/torch/csrc/api/include"],
+        flags=["-DTORCHREC_PT_SIMT"],
+        link_flags=[f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"],
+    )
+
+
+def load(flavour: Flavour) -> None:
+    """From now on torchrec_pt::infonce_* of CPU tensors run the .cu sources in the executor."""
+    torch.ops.load_library(build(flavour))
