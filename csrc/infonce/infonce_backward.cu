@@ -22,7 +22,9 @@ namespace {
 template <typename Number, int kDim>
 struct BackwardTileOf {
   static constexpr bool kIs16Bit = sizeof(typename Number::Stored) == 2;
-  using type = Tile<Number, kDim, kIs16Bit && kDim <= 128 ? 2 : 1, kDim <= 64 ? 8 : 4>;
+  static constexpr int kM = kIs16Bit && kDim <= 128 ? 2 : 1;
+  static constexpr int kN = kDim > 64 ? 4 : kIs16Bit ? 6 : 8;
+  using type = Tile<Number, kDim, kM, kN>;
 };
 template <typename Number, int kDim>
 using BackwardTile = typename BackwardTileOf<Number, kDim>::type;

@@ -1,8 +1,7 @@
 // infonce on the CPU (formula and shapes: infonce.h).
 //
-// The logits are visited in tiles of kTileRows x kTileKeys (1 MiB of float32) that stay in the L2
-// cache: the products q . k come from the BLAS into one reused buffer, then each row of the tile is
-// visited by one thread. Backward computes the products again, turns them into ds in place and
+// The products q . k of a tile come from the BLAS into one reused buffer, then each row of the tile
+// is visited by one thread. Backward computes the products again, turns them into ds in place and
 // multiplies it by the keys (dq) and the queries (dk). A row's result depends on that row alone and
 // dk is summed in the order of the row blocks, so our loops give the same bits for any number of
 // threads.
@@ -21,48 +20,14 @@
 namespace torchrec_pt {
 namespace {
 
-constexpr int64_t kTileRows = 256;
-constexpr int64_t kTileKeys = 1024;
-
 // --- forward ------------------------------------------------------------------------------------
-
-// The online logsumexp of one row.
-template <typename T>
-struct RowState {
-  T highest = -std::numeric_limits<T>::infinity();
-  T sum = 0;
-  T dot = 0;
-  T positive_dot = 0;
-
-  void merge(T other_highest, T other_sum, T other_dot) {
-    if (other_sum == 0) return;  // every key was masked
-    const T merged = std::max(highest, other_highest);
-    const T scale = std::exp(highest - merged);
-    const T other_scale = std::exp(other_highest - merged);
-    sum = sum * scale + other_sum * other_scale;
-    dot = dot * scale + other_dot * other_scale;
-    highest = merged;
-  }
-};
 
 template <typename T>
 void forward_tile(const Logits<T>& logits, at::Tensor z, int64_t first_row, int64_t first_key,
                   std::vector<RowState<T>>& states) {
-  const int64_t num_keys = z.size(1);
   T* data = z.mutable_data_ptr<T>();
-  for_each_row(z.size(0), num_keys, [&](int64_t r) {
-    const int64_t row = first_row + r;
-    T* z_row = data + r * num_keys;
-    if (logits.has_target() && logits.in_tile(logits.target(row), first_key, num_keys)) {
-      states[r].positive_dot = z_row[logits.target(row) - first_key];
-    }
-    logits.mask(z_row, row, first_key, num_keys);
-    const T* shift = logits.shift(first_key);
-    const T highest = max_logit(z_row, shift, num_keys, logits.inverse_tau);
-    // Where every key of the tile is masked there is no maximum to subtract.
-    const T subtracted = highest == -std::numeric_limits<T>::infinity() ? 0 : highest;
-    const auto [sum, dot] = exp_sums(z_row, shift, num_keys, logits.inverse_tau, subtracted);
-    states[r].merge(subtracted, sum, dot);
+  for_each_row(z.size(0), z.size(1), [&](int64_t r) {
+    visit_row(logits, data + r * z.stride(0), first_row + r, first_key, z.size(1), states[r]);
   });
 }
 
@@ -84,16 +49,16 @@ void forward(const InfonceProblem& problem, at::Tensor& lse, at::Tensor& positiv
       forward_tile(logits, logits.products(queries, keys), first_row, first_key, states);
     }
     for (int64_t r = 0; r < num_rows; ++r) {
-      RowState<T>& state = states[r];
+      auto [all, positive_dot] = states[r];
       const int64_t row = first_row + r;
       if (logits.has_target()) {
-        const T logit = logits.positive_logit(row, state.positive_dot);
-        state.merge(logit, 1, state.positive_dot);
+        const T logit = logits.positive_logit(row, positive_dot);
+        all.merge(logit, 1, positive_dot);
         positive_data[row] = logit;
-        positive_dot_data[row] = state.positive_dot;
+        positive_dot_data[row] = positive_dot;
       }
-      lse_data[row] = state.highest + std::log(state.sum);
-      expected_dot_data[row] = state.sum == 0 ? 0 : state.dot / state.sum;
+      lse_data[row] = all.value();
+      expected_dot_data[row] = all.expected_dot();
     }
   }
 }
@@ -145,7 +110,7 @@ void backward_tile(const Logits<T>& logits, const Upstream<T>& upstream, at::Ten
   T* data = z.mutable_data_ptr<T>();
   for_each_row(z.size(0), num_keys, [&](int64_t r) {
     const int64_t row = first_row + r;
-    T* z_row = data + r * num_keys;
+    T* z_row = data + r * z.stride(0);
     if (upstream.is_zero(row)) {
       std::fill(z_row, z_row + num_keys, T(0));
       return;
@@ -163,21 +128,6 @@ void backward_tile(const Logits<T>& logits, const Upstream<T>& upstream, at::Ten
   });
 }
 
-// The queries of a block, with zeros in the rows without upstream: 0 * inf would reach dk as NaN.
-template <typename T>
-at::Tensor live_queries(const Logits<T>& logits, const Upstream<T>& upstream, int64_t first_row,
-                        int64_t num_rows) {
-  auto queries = logits.queries(first_row, num_rows);
-  bool is_copy = false;
-  for (int64_t r = 0; r < num_rows; ++r) {
-    if (!upstream.is_zero(first_row + r)) continue;
-    if (!is_copy) queries = queries.clone();
-    is_copy = true;
-    queries.select(0, r).zero_();
-  }
-  return queries;
-}
-
 template <typename T>
 void backward(const InfonceProblem& problem, const Upstream<T>& upstream, at::Tensor& grad_query,
               at::Tensor& grad_keys, at::Tensor& grad_key_bias) {
@@ -185,7 +135,9 @@ void backward(const InfonceProblem& problem, const Upstream<T>& upstream, at::Te
   const at::Scalar scale(logits.inverse_tau);
   for (int64_t first_row = 0; first_row < logits.num_rows; first_row += kTileRows) {
     const int64_t num_rows = std::min(kTileRows, logits.num_rows - first_row);
-    const auto queries = live_queries(logits, upstream, first_row, num_rows);
+    const auto queries = without_dead_rows(logits.queries(first_row, num_rows), [&](int64_t r) {
+      return upstream.is_zero(first_row + r);
+    });
     auto grad_queries = grad_query.narrow(0, first_row, num_rows);
     for (int64_t first_key = 0; first_key < logits.num_keys; first_key += kTileKeys) {
       const int64_t num_keys = std::min(kTileKeys, logits.num_keys - first_key);

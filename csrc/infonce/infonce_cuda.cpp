@@ -61,6 +61,14 @@ OptionalTensor minus(const OptionalTensor& a, const OptionalTensor& b) {
   return a ? *a - *b : -*b;
 }
 
+// A host's number is written by a kernel: copying it would wait for the device.
+at::Tensor temperature_on_device(const InfonceProblem& problem) {
+  if (!problem.temperature.device().is_cpu()) return problem.temperature.to(at::kFloat);
+  const double value = problem.temperature.item<double>();
+  TORCH_CHECK_VALUE(value > 0, "infonce: temperature must be positive, got ", value);
+  return at::full({}, value, problem.query.options().dtype(at::kFloat));
+}
+
 template <typename T>
 const T* pointer(const OptionalTensor& vector) {
   return vector ? vector->const_data_ptr<T>() : nullptr;
@@ -78,14 +86,14 @@ class Prepared {
         numbers(numbers_of(type)),
         query_(with_aligned_rows(problem.query, type)),
         keys_(with_aligned_rows(problem.keys, type)),
-        temperature_(problem.temperature.to(problem.query.device(), at::kFloat)),
+        temperature_(temperature_on_device(problem)),
         is_live_(is_live),
         target_(contiguous(problem.target)),
         query_ids_(contiguous(problem.query_ids)),
         key_query_ids_(contiguous(problem.key_query_ids)),
         self_index_(contiguous(problem.self_index)),
         key_ids_(contiguous(problem.key_ids)) {
-    check_sizes(problem);
+    check_sizes();
     const auto key_bias = to_float(problem.key_bias);
     shift_ = minus(key_bias, to_float(problem.log_q));
     if (target_) {
@@ -131,7 +139,7 @@ class Prepared {
   const device::Numbers numbers;
 
  private:
-  void check_sizes(const InfonceProblem& problem) const {
+  void check_sizes() const {
     TORCH_CHECK_VALUE(type != at::kDouble, "infonce: float64 runs on the CPU alone; use float32");
     TORCH_CHECK_VALUE(query_.size(1) <= device::kMostDims, "infonce: on CUDA D may be at most ",
                       device::kMostDims, ", got ", query_.size(1));
@@ -140,10 +148,6 @@ class Prepared {
                       num_keys);
     TORCH_CHECK_VALUE(num_keys > 0 || !target_ || num_rows == 0,
                       "infonce: target must be in [0, N) with N = 0");
-    if (problem.temperature.device().is_cpu()) {
-      const double value = problem.temperature.item<double>();
-      TORCH_CHECK_VALUE(value > 0, "infonce: temperature must be positive, got ", value);
-    }
   }
 
   OptionalTensor at_target(const OptionalTensor& of_keys) const {
@@ -176,8 +180,9 @@ struct Sums {
       : rows(prepared.empty_sums(prepared.num_rows)),
         columns(prepared.empty_sums(num_columns)),
         positive_dot(prepared.empty_floats({prepared.num_rows}).zero_()) {
-    const auto grid = device::infonce_forward_grid(
-        prepared.numbers, problem.dim, problem.queries.num, problem.keys.num, device.num_blocks());
+    const auto grid =
+        device::infonce_forward_grid(prepared.numbers, problem.dim, problem.queries.num,
+                                     problem.keys.num, num_columns > 0, device.num_blocks());
     const auto row_parts = prepared.empty_sums(grid.num_splits * prepared.num_rows);
     const auto column_parts =
         prepared.empty_sums(std::min(grid.num_tiles, device::kColumnTiles) * num_columns);

@@ -71,7 +71,7 @@ struct InfonceGrid {
 
 // `num_blocks` is how many should run at once to fill the device.
 InfonceGrid infonce_forward_grid(Numbers numbers, int dim, int num_rows, int num_keys,
-                                 int num_blocks);
+                                 bool is_symmetric, int num_blocks);
 InfonceGrid infonce_backward_grid(Numbers numbers, int dim, int num_own, int num_other,
                                   int num_blocks);
 

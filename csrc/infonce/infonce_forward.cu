@@ -311,13 +311,14 @@ cudaError_t launch_tiles(const InfonceOnDevice& problem, InfonceGrid grid,
 struct ForwardGrid {
   int num_rows;
   int num_keys;
+  int most_at_once;
   int num_blocks;
   InfonceGrid grid;
 
   template <typename Number, int kDim>
   int operator()() {
     using Tile = ForwardTile<Number, kDim>;
-    grid = grid_of(num_rows, Tile::kOwnRows, num_keys, Tile::kOtherRows, num_blocks);
+    grid = grid_of(num_rows, Tile::kOwnRows, num_keys, Tile::kOtherRows, num_blocks, most_at_once);
     return 0;
   }
 };
@@ -339,8 +340,8 @@ struct LaunchForward {
 }  // namespace
 
 InfonceGrid infonce_forward_grid(Numbers numbers, int dim, int num_rows, int num_keys,
-                                 int num_blocks) {
-  ForwardGrid chosen{num_rows, num_keys, num_blocks, {}};
+                                 bool is_symmetric, int num_blocks) {
+  ForwardGrid chosen{num_rows, num_keys, is_symmetric ? kColumnTiles : INT32_MAX, num_blocks, {}};
   dispatch(numbers, dim, chosen);
   return chosen.grid;
 }

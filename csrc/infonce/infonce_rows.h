@@ -1,4 +1,5 @@
-// The vectorized loops of infonce over one row of logits on the CPU.
+// The vectorized loops of infonce over one row of logits on the CPU, or one row's share of the
+// columns' sums.
 //
 //   z_j = q . k_j,  s_j = z_j / tau + shift_j;  a masked z_j is -inf
 
@@ -33,6 +34,23 @@ ExpSums<double> exp_in_place(double* z, const double* shift, int64_t size, doubl
 void softmax(float* z, const float* shift, int64_t size, float inverse_tau, float lse, float grad);
 void softmax(double* z, const double* shift, int64_t size, double inverse_tau, double lse,
              double grad);
+
+// z_j becomes grad * exp(s_j - lse) + column_grad_j * exp(z_j / tau - column_lse_j).
+void softmax_both(float* z, const float* shift, const float* column_lse, const float* column_grad,
+                  int64_t size, float inverse_tau, float lse, float grad);
+void softmax_both(double* z, const double* shift, const double* column_lse,
+                  const double* column_grad, int64_t size, double inverse_tau, double lse,
+                  double grad);
+
+// highest_j becomes at least z_j.
+void column_max(const float* z, int64_t size, float* highest);
+void column_max(const double* z, int64_t size, double* highest);
+
+// e_j = exp((z_j - highest_j) / tau) is added to sum_j, and e_j z_j to dot_j.
+void add_column_exps(const float* z, const float* highest, int64_t size, float inverse_tau,
+                     float* sum, float* dot);
+void add_column_exps(const double* z, const double* highest, int64_t size, double inverse_tau,
+                     double* sum, double* dot);
 
 // z_j becomes -inf where ids_j == id.
 void mask_equal(float* z, const int64_t* ids, int64_t size, int64_t id);

@@ -25,7 +25,7 @@
 namespace torchrec_pt {
 namespace {
 
-constexpr int64_t kBufferLogits = 1 << 19;  // 2 MiB of float32
+constexpr int64_t kBufferLogits = 1 << 22;  // 16 MiB of float32
 constexpr int64_t kFewestRows = 32;
 constexpr int64_t kMostRows = 256;
 
@@ -56,7 +56,7 @@ void visit_block(const Logits<T>& logits, const T* coefficient, at::Tensor z, in
   T* scale = visited.scale.template mutable_data_ptr<T>();
   for_each_row(z.size(0), num_keys, [&](int64_t r) {
     const int64_t row = first_row + r;
-    T* z_row = data + r * num_keys;
+    T* z_row = data + r * z.stride(0);
     if (coefficient[row] == 0) {  // takes part in nothing, even where its logits are NaN
       std::fill(z_row, z_row + num_keys, T(0));
       visited.loss[r] = scale[r] = visited.grad_temperature[r] = 0;

@@ -328,12 +328,14 @@ int dispatch(Numbers numbers, int dim, Launcher& launcher) {
   }
 }
 
-// As many splits of the other side as fill the device, and none without a tile.
-inline InfonceGrid grid_of(int num_own, int own_rows, int num_other, int other_rows,
-                           int num_blocks) {
+// As many splits of the other side as fill the device, and none without a tile. At most
+// `most_at_once` tiles of own rows run at once.
+inline InfonceGrid grid_of(int num_own, int own_rows, int num_other, int other_rows, int num_blocks,
+                           int most_at_once = INT32_MAX) {
   const int num_tiles = (num_own + own_rows - 1) / own_rows;
   const int num_other_tiles = (num_other + other_rows - 1) / other_rows;
-  int num_splits = (num_blocks + num_tiles - 1) / num_tiles;
+  const int at_once = num_tiles < most_at_once ? num_tiles : most_at_once;
+  int num_splits = (num_blocks + at_once - 1) / at_once;
   if (num_splits > num_other_tiles) num_splits = num_other_tiles;
   if (num_splits < 1) num_splits = 1;
   const int tiles_per_split = (num_other_tiles + num_splits - 1) / num_splits;

@@ -104,6 +104,19 @@ def test_matches_reference_at_every_scale(scale: float) -> None:
     assert_matches_reference(problem, rtol=1e-5 * max(1.0, scale / 10))
 
 
+@pytest.mark.parametrize("offset", [2**24, 2**31, 2**53])
+def test_neighbouring_large_ids_are_told_apart(offset: int) -> None:
+    """Each pair would be one id in float32 (above 2^24), int32 or float64 (above 2^53)."""
+    problem = make(8, 8, 4)
+    ids = offset + torch.arange(8)
+    masks: list[dict[str, Tensor]] = [{"key_ids": ids}, {"query_ids": ids, "key_query_ids": ids}]
+    for mask in masks:
+        for symmetric in (False, True):
+            given = {"query": problem["query"], "keys": problem["keys"], "symmetric": symmetric}
+            unmasked = infonce_loss(**given)
+            assert torch.equal(infonce_loss(**given, **mask), unmasked)
+
+
 def test_equal_rows_give_log_n() -> None:
     loss = infonce_loss(torch.ones(70, 8), torch.ones(70, 8), reduction="none")
     torch.testing.assert_close(loss, torch.full((70,), 70.0).log())
@@ -273,6 +286,56 @@ def test_16_bit_error_is_near_that_of_pytorch(dtype: torch.dtype, keys_dtype: to
         assert error <= 3 * (pytorch.float() - expected.float()).abs().max() + 1e-7
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_16_bit_inputs_are_computed_in_float32(reduction: Any) -> None:
+    problem = make(60, 700, 24) | all_options(60, 700)
+    names = ("query", "keys", "key_bias")
+    for dtypes in (
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float16, torch.float16, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+    ):
+        values = [problem[n].detach().to(dtype) for n, dtype in zip(names, dtypes, strict=True)]
+        runs = []
+        for leaves in (values, [value.float() for value in values]):
+            leaves = [leaf.requires_grad_() for leaf in leaves]
+            given = problem | dict(zip(names, leaves, strict=True))
+            loss = infonce_loss(**given, reduction=reduction).sum()
+            runs.append([loss, *torch.autograd.grad(loss, leaves)])
+        for ours, wide, leaf in zip(*runs, [loss, *values], strict=True):
+            assert torch.equal(ours, wide.to(leaf.dtype))
+
+
+def test_logsumexp_of_16_bits_is_computed_in_float32() -> None:
+    values = [torch.randn(20, 8), torch.randn(30, 8), torch.randn(30)]
+    runs = []
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, bias = (v.bfloat16().to(dtype).requires_grad_() for v in values)
+        lse = infonce_logsumexp(q, k, temperature=0.5, key_bias=bias)
+        runs.append([lse, *torch.autograd.grad(lse.sum(), (q, k, bias))])
+    narrow, wide = runs
+    assert torch.equal(narrow[0], wide[0])
+    for grad, wide_grad in zip(narrow[1:], wide[1:], strict=True):
+        assert torch.equal(grad, wide_grad.bfloat16())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_autocast_leaves_the_inputs_as_they_arrive(symmetric: bool) -> None:
+    linear = torch.nn.Linear(8, 8)
+    x, keys = torch.randn(6, 8), torch.randn(6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        query = linear(x)
+        mixed = infonce_loss(query, keys, symmetric=symmetric)
+        exact = infonce_loss(x, keys, symmetric=symmetric)
+    assert query.dtype == torch.bfloat16
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, infonce_loss(query, keys, symmetric=symmetric))
+    assert torch.equal(exact, infonce_loss(x, keys, symmetric=symmetric))
+    (grad,) = torch.autograd.grad(mixed, linear.weight)
+    assert grad.dtype == torch.float32
+    assert torch.isfinite(grad).all()
+
+
 def test_gradcheck_with_every_option() -> None:
     problem = make(5, 9, 3, dtype=torch.float64) | all_options(5, 9)
     names = ("query", "keys", "temperature", "key_bias")
@@ -366,6 +429,27 @@ def test_compiles_to_one_graph() -> None:
         torch.testing.assert_close(compiled_grad, eager_grad)
 
 
+class Objective(torch.nn.Module):
+    def __init__(self, symmetric: bool) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.symmetric = symmetric
+
+    def forward(self, x: Tensor, keys: Tensor, ids: Tensor) -> Tensor:
+        return infonce_loss(
+            self.linear(x), keys, temperature=0.1, key_ids=ids, symmetric=self.symmetric
+        )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_exports(symmetric: bool, strict: bool) -> None:
+    module = Objective(symmetric)
+    arguments = (torch.randn(6, 8), torch.randn(9, 8), torch.arange(9) // 2)
+    exported = torch.export.export(module, arguments, strict=strict)
+    assert torch.equal(exported.module()(*arguments), module(*arguments))
+
+
 def test_a_float_temperature_compiles() -> None:
     problem = make(4, 6, 8)
     compiled = torch.compile(infonce_loss, fullgraph=True, backend="aot_eager")
@@ -403,31 +487,35 @@ def test_bits_do_not_depend_on_the_thread_count() -> None:
 
 
 MEMORY_PROBE = """
+import sys
 import torch
 from torchrec_pt.ops import infonce_loss
+
+torch.set_num_threads(1)
 
 def status(field):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 def step(num_rows):
-    q, k = (torch.randn(num_rows, 64, requires_grad=True) for _ in range(2))
+    q, k = (torch.randn(num_rows, 128, requires_grad=True) for _ in range(2))
     before_mib = status("VmRSS")
-    infonce_loss(q, k, temperature=0.1).backward()
-    return before_mib
+    infonce_loss(q, k, temperature=0.1, symmetric=sys.argv[1] == "symmetric").backward()
+    gradients_mib = sum(x.grad.nbytes for x in (q, k)) / 2**20
+    return status("VmHWM") - before_mib - gradients_mib
 
-step(256)
-before_mib = step(8192)
-print(status("VmHWM") - before_mib)
+step(256)  # loads the code of the BLAS; the buffers that it grows later are counted
+print(step(16384))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_linear_in_the_batch() -> None:
+@pytest.mark.parametrize("direction", ["one", "symmetric"])
+def test_memory_is_linear_in_the_batch(direction: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY_PROBE], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEMORY_PROBE, direction], capture_output=True, text=True, check=True
     )
-    assert float(done.stdout) < 64  # MiB; the logits alone would be 256
+    assert float(done.stdout) <= 32  # MiB beyond the gradients; the logits would be 1024
 
 
 # --- bad input ----------------------------------------------------------------------------------

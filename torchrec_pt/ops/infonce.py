@@ -21,6 +21,7 @@ def infonce_loss(
     query_ids: Tensor | None = None,
     key_query_ids: Tensor | None = None,
     self_index: Tensor | None = None,
+    symmetric: bool = False,
     log_q_positive: Tensor | None = None,
     key_bias: Tensor | None = None,
     row_weight: Tensor | None = None,
@@ -32,10 +33,15 @@ def infonce_loss(
     allowed j of s_ij, minus s_it for its target t. The target is always allowed; it takes
     log_q_positive_i in the place of log_q_t. (B, N) logits are never held.
 
+    With `symmetric`, key i belongs to query i, and the loss of the pair is the average of this
+    and of the same over column i: −log of exp(q_i·k_i / τ) among the queries r that may see key
+    i. The columns know neither log_q, log_q_positive nor key_bias; keys past B are negatives
+    of the rows alone.
+
     Args:
         query: (B, D) float32, bfloat16, float16 or float64.
         keys: (N, D); 16-bit queries against float32 keys are welcome.
-        target: (B,) int64 in [0, N); default arange(B).
+        target: (B,) int64 in [0, N); default arange(B); not with symmetric.
         temperature: τ > 0; a 0-dim tensor receives its gradient.
         log_q: (N,) log of each key's expected count as a negative, a constant; +inf removes
             the key as a negative.
@@ -43,14 +49,17 @@ def infonce_loss(
         query_ids, key_query_ids: (B,) and (N,) int64; a key of the row's own query id is no
             negative. key_query_ids defaults to query_ids where N = B.
         self_index: (B,) int64; this key is no negative. Outside [0, N) it masks nothing.
+        symmetric: average the losses of both directions; needs B <= N.
         log_q_positive: (B,) constant; default 0.
         key_bias: (N,), has a gradient.
-        row_weight: (B,); a row of weight 0 gives 0 and no gradient, whatever it holds.
+        row_weight: (B,); a row of weight 0 gives 0 and no gradient, whatever it holds. Its
+            query is no negative of a column, its key remains one of the other rows.
         reduction: "none" gives (B,), "sum" Σ w·loss, "mean" that over Σ w (0 where Σ w = 0).
     Returns:
         float32 (float64 for float64 inputs). There is no second derivative.
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or a target is outside [0, N).
+        ValueError: shapes, dtypes or devices do not fit, a target is outside [0, N), or
+            symmetric is given a target.
     """
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f'infonce: reduction must be "none", "mean" or "sum", got "{reduction}"')
@@ -59,14 +68,13 @@ def infonce_loss(
         raise ValueError(
             f"infonce: row_weight must have shape ({num_rows},), got {tuple(row_weight.shape)}"
         )
-    if target is None:
-        target = torch.arange(num_rows, device=query.device)
+    if symmetric and target is not None:
+        raise ValueError("infonce: symmetric takes no target, key i belongs to query i; leave it")
     if row_weight is not None:
         row_weight = row_weight.to(_result_dtype(query))
-    problem = (
-        query,
-        keys,
-        target,
+    if target is None and not symmetric:
+        target = torch.arange(num_rows, device=query.device)
+    options = (
         _temperature_tensor(temperature),
         log_q,
         key_ids,
@@ -76,21 +84,36 @@ def infonce_loss(
         log_q_positive,
         key_bias,
     )
-    if reduction != "none" and _is_worth_summing(problem, row_weight):
-        weight = row_weight
-        if weight is None:
-            weight = query.new_ones(num_rows, dtype=_result_dtype(query))
-        coefficient = weight / _total_weight(weight) if reduction == "mean" else weight
-        total, *_ = torch.ops.torchrec_pt.infonce_sum(coefficient, *problem)
-        return total
-    lse, positive, _, _ = torch.ops.torchrec_pt.infonce_forward(*problem)
-    loss = lse - positive
+    if symmetric:
+        loss, *_ = torch.ops.torchrec_pt.infonce_symmetric_forward(
+            query, keys, row_weight, *options
+        )
+    else:
+        problem = (query, keys, target, *options)
+        if reduction != "none" and _is_worth_summing(problem, row_weight):
+            return _sum(problem, row_weight, reduction)
+        lse, positive, _, _ = torch.ops.torchrec_pt.infonce_forward(*problem)
+        loss = lse - positive
     if row_weight is not None:
         loss = torch.where(row_weight == 0, 0, loss) * row_weight
     if reduction == "none":
         return loss
     total = max(num_rows, 1) if row_weight is None else _total_weight(row_weight)
     return loss.sum() if reduction == "sum" else loss.sum() / total
+
+
+def _sum(
+    problem: tuple[Tensor | None, ...], row_weight: Tensor | None, reduction: Reduction
+) -> Tensor:
+    """The reduced loss whose gradients are made along with it."""
+    query = problem[0]
+    assert query is not None
+    weight = row_weight
+    if weight is None:
+        weight = query.new_ones(query.shape[0], dtype=_result_dtype(query))
+    coefficient = weight / _total_weight(weight) if reduction == "mean" else weight
+    total, *_ = torch.ops.torchrec_pt.infonce_sum(coefficient, *problem)
+    return total
 
 
 # Above so many keys the rows of one block would not fit beside the rest (csrc/infonce).
@@ -235,6 +258,61 @@ torch.library.register_autograd(
 )
 
 
+# --- both directions ----------------------------------------------------------------------------
+
+
+@torch.library.register_fake("torchrec_pt::infonce_symmetric_forward")
+def _fake_symmetric_forward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_forward(query)
+
+
+@torch.library.register_fake("torchrec_pt::infonce_symmetric_backward")
+def _fake_symmetric_backward(
+    grad_loss: Tensor, lse: Tensor, column_lse: Tensor, query: Tensor, keys: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_backward(grad_loss, grad_loss, lse, query, keys, *rest)
+
+
+def _setup_symmetric_context(
+    ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]
+) -> None:
+    _, lse, column_lse, slope = output
+    ctx.mark_non_differentiable(lse, column_lse, slope)
+    ctx.save_for_backward(lse, column_lse, slope, *inputs)
+
+
+def _symmetric_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    lse, column_lse, slope, *inputs = ctx.saved_tensors
+    grad_query, grad_keys, grad_key_bias = torch.ops.torchrec_pt.infonce_symmetric_backward(
+        grad_loss, lse, column_lse, *inputs
+    )
+    temperature, key_bias = inputs[3], inputs[10]
+    grad_temperature = None
+    if ctx.needs_input_grad[3]:
+        # The loss of a row without upstream may have an infinite slope.
+        grad_temperature = torch.where(grad_loss == 0, 0, grad_loss * slope).sum().to(temperature)
+    return (
+        grad_query,
+        grad_keys,
+        *(None,),  # row_weight
+        grad_temperature,
+        *(None,) * 6,  # log_q, ids, self_index, log_q_positive
+        None if key_bias is None else grad_key_bias,
+    )
+
+
+torch.library.register_autograd(
+    "torchrec_pt::infonce_symmetric_forward",
+    _symmetric_backward,
+    setup_context=_setup_symmetric_context,
+)
+torch.library.register_autograd(
+    "torchrec_pt::infonce_symmetric_backward",
+    _refuse_double_backward,
+    setup_context=_keep_nothing,
+)
+
+
 # --- the weighted sum, whose gradients are made along with it -----------------------------------
 
 
@@ -258,6 +336,7 @@ def _keep_gradients(
 ) -> None:
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)  # else zeros of the size of the gradients are made
     ctx.save_for_backward(*gradients)
     _, query, keys, _, temperature, *_, key_bias = inputs
     ctx.kinds = [

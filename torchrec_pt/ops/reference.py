@@ -53,3 +53,26 @@ def infonce_loss_rows(
         target = torch.arange(query.shape[0])
     logits = infonce_logits(query, keys, target, **options)  # type: ignore[arg-type]
     return logits.logsumexp(1) - logits.gather(1, target[:, None]).squeeze(1)
+
+
+# What the columns of the symmetric loss know.
+_OF_COLUMNS = ("temperature", "key_ids", "query_ids", "key_query_ids", "self_index")
+
+
+def infonce_symmetric_rows(
+    query: Tensor,
+    keys: Tensor,
+    *,
+    row_weight: Tensor | None = None,
+    **options: Tensor | float | None,
+) -> Tensor:
+    """(B,) float64: the average of both directions' losses; 0 where row_weight is 0."""
+    num_rows = query.shape[0]
+    is_dead = torch.zeros(num_rows, dtype=torch.bool) if row_weight is None else row_weight == 0
+    query = query.masked_fill(is_dead[:, None], 0)
+    target = torch.arange(num_rows)
+    rows = infonce_loss_rows(query, keys, target, **options)
+    of_columns = {name: options[name] for name in _OF_COLUMNS if name in options}
+    logits = infonce_logits(query, keys, target, **of_columns)[:, :num_rows]  # type: ignore[arg-type]
+    columns = logits.masked_fill(is_dead[:, None], -torch.inf).logsumexp(0) - logits.diagonal()
+    return ((rows + columns) / 2).masked_fill(is_dead, 0)
