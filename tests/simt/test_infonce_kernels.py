@@ -25,7 +25,7 @@ def run_tests(flavour: Flavour, seed: int) -> subprocess.CompletedProcess[str]:
     environment = sanitized_environment() if flavour == "sanitized" else dict(os.environ)
     environment |= {"SIMT_FLAVOUR": flavour, "SIMT_SEED": str(seed), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.simt.run_on_executor"]
-    command += ["-p", "no:cacheprovider", "tests/ops"]
+    command += ["-p", "no:cacheprovider", "tests/ops", "tests/simt/on_executor.py"]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
