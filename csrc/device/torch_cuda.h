@@ -23,6 +23,9 @@ class OnDevice {
 
   CUstream_st* stream() const { return stream_.stream(); }
 
+  // Column sums of so many tiles of rows are kept at a time.
+  static constexpr int kColumnTiles = 64;
+
   // Blocks of kernels of which two fit on a multiprocessor that run at once.
   int num_blocks() const { return 2 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount; }
 

@@ -42,10 +42,14 @@ constexpr std::size_t backward_shared_bytes() {
 
 // What of ds does not change from tile to tile.
 struct Softmax {
-  float scale;  // log2(e) / tau
+  float scale;  // scale_of(tau)
   bool is_masked;
   bool is_symmetric;
 };
+
+// A logit by the way that its logsumexp came, through natural units: where the target is all that
+// a row has, they are equal and p is 1 exactly.
+__device__ __forceinline__ float as_stored(float logit) { return logit * kLn2 * kLog2E; }
 
 // z becomes ds. bias collects of each own row what comes from the rows' direction.
 template <typename Tile, bool kOwnIsQuery, typename Own, typename Other>
@@ -73,8 +77,10 @@ __device__ __forceinline__ void to_ds(typename Tile::Logits& z, float (&bias)[Ti
       const bool is_target = queries.target[i] == first_key + j;
       const float s =
           logit(dot, softmax.scale, is_target ? queries.positive_shift[i] : keys.shift[j]);
-      const float row = queries.grad[i] * exp2_approx(s - queries.lse[i]);
-      const float column = exp2_approx(logit(dot, softmax.scale, 0) - keys.column_lse[j]);
+      const float row =
+          queries.grad[i] * exp2_approx((is_target ? as_stored(s) : s) - queries.lse[i]);
+      const float c = logit(dot, softmax.scale, 0);
+      const float column = exp2_approx((is_target ? as_stored(c) : c) - keys.column_lse[j]);
       const bool is_live = queries.lse[i] != INFINITY;
       // Of a target's -1, half is the row's.
       const float at_target = is_target ? queries.grad_target[i] : 0;
@@ -86,7 +92,7 @@ __device__ __forceinline__ void to_ds(typename Tile::Logits& z, float (&bias)[Ti
       const bool is_target = queries.target[i] == first_key + j;
       const float s =
           logit(dot, softmax.scale, is_target ? queries.positive_shift[i] : keys.shift[j]);
-      dot = queries.grad[i] * exp2_approx(s - queries.lse[i]);
+      dot = queries.grad[i] * exp2_approx((is_target ? as_stored(s) : s) - queries.lse[i]);
       if (is_target) dot += queries.grad_target[i];
       sum += dot;
     });
@@ -164,6 +170,9 @@ __device__ __forceinline__ void store(__half* to, float value) { *to = __float2h
 template <typename Number>
 constexpr float kLargestDs = std::is_same_v<Number, Float16> ? 4096.f : 1.f;
 
+// A smaller upstream is taken for 0: dividing by it would overflow.
+constexpr float kSmallestUpstream = 1e-34f;
+
 // Writes dx times `factor` to rows first_row.. of (num, dim).
 template <typename Tile, typename Value>
 __device__ __forceinline__ void store_gradient(Value* to, const OwnGradient<Tile>& dx, float factor,
@@ -199,9 +208,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const InfonceQueries& queries = problem.queries;
   const InfonceKeys& keys = problem.keys;
   const float inverse_tau = 1 / *problem.temperature;
-  const Softmax softmax{kLog2E * inverse_tau, has_masks(problem), keys.column_lse != nullptr};
+  const Softmax softmax{scale_of(*problem.temperature), has_masks(problem),
+                        keys.column_lse != nullptr};
   const float grad_scale = *results.grad_scale;
-  const float to_scaled = grad_scale > 0 ? kLargestDs<Number> / grad_scale : 0;
+  const float to_scaled = grad_scale > kSmallestUpstream ? kLargestDs<Number> / grad_scale : 0;
   const float from_scaled = grad_scale / kLargestDs<Number>;
 
   const auto& own = [&]() -> const auto& {
@@ -245,8 +255,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     copy_async_wait<1>();
     __syncthreads();
     typename Tile::Logits z;
-    multiply_rows<Tile>(z, x + warp * 16 * Tile::kM * Tile::kRowBytes,
-                        y + buffer * Tile::kOtherBytes);
+    multiply_rows<Tile, kOwnIsQuery>(z, x + warp * 16 * Tile::kM * Tile::kRowBytes,
+                                     y + buffer * Tile::kOtherBytes);
     to_ds<Tile, kOwnIsQuery>(z, bias, problem, softmax, shared.own, first_own, shared.other[buffer],
                              first_other);
     add_product<Tile>(dx, z, y + buffer * Tile::kOtherBytes);

@@ -180,12 +180,11 @@ struct Sums {
       : rows(prepared.empty_sums(prepared.num_rows)),
         columns(prepared.empty_sums(num_columns)),
         positive_dot(prepared.empty_floats({prepared.num_rows}).zero_()) {
-    const auto grid =
-        device::infonce_forward_grid(prepared.numbers, problem.dim, problem.queries.num,
-                                     problem.keys.num, num_columns > 0, device.num_blocks());
+    const auto grid = device::infonce_forward_grid(
+        prepared.numbers, problem.dim, problem.queries.num, problem.keys.num,
+        num_columns > 0 ? OnDevice::kColumnTiles : INT32_MAX, device.num_blocks());
     const auto row_parts = prepared.empty_sums(grid.num_splits * prepared.num_rows);
-    const auto column_parts =
-        prepared.empty_sums(std::min(grid.num_tiles, device::kColumnTiles) * num_columns);
+    const auto column_parts = prepared.empty_sums(int64_t{grid.num_at_once} * num_columns);
     const device::InfonceForwardResults results{
         sums_of(row_parts), pointer(positive_dot), sums_of(rows),
         num_columns > 0 ? sums_of(column_parts) : nullptr, sums_of(columns)};

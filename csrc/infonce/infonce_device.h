@@ -67,22 +67,21 @@ struct SoftmaxSums {
 struct InfonceGrid {
   int num_tiles;
   int num_splits;
+  int num_at_once;  // tiles of one launch; num_tiles but for the column sums of forward
 };
 
-// `num_blocks` is how many should run at once to fill the device.
+// `num_blocks` is how many should run at once to fill the device. The column sums of at most
+// `most_tiles` tiles of queries are kept at a time: memory stays linear in N.
 InfonceGrid infonce_forward_grid(Numbers numbers, int dim, int num_rows, int num_keys,
-                                 bool is_symmetric, int num_blocks);
+                                 int most_tiles, int num_blocks);
 InfonceGrid infonce_backward_grid(Numbers numbers, int dim, int num_own, int num_other,
                                   int num_blocks);
-
-// The column sums of so many row tiles at a time are kept: memory stays linear in N.
-constexpr int kColumnTiles = 64;
 
 struct InfonceForwardResults {
   SoftmaxSums* row_parts;     // (num_splits, B) scratch
   float* positive_dot;        // (B,) q . k_t; not written for a row without target
   SoftmaxSums* rows;          // (B,)
-  SoftmaxSums* column_parts;  // (kColumnTiles, num_columns) scratch; null: one direction
+  SoftmaxSums* column_parts;  // (num_at_once, num_columns) scratch; null: one direction
   SoftmaxSums* columns;       // (num_columns,)
 };
 

@@ -9,6 +9,8 @@
 // Reads B D + ceil(B / own rows) N D values from memory or L2, does 2 B N D operations and B N
 // exponentials (2 B N for the symmetric loss), writes O(B + N).
 
+#include <algorithm>
+
 #include "infonce/infonce_tile.cuh"
 
 namespace torchrec_pt::device {
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   auto& shared = *reinterpret_cast<ForwardShared<Tile>*>(y + 2 * Tile::kOtherBytes);
   const InfonceQueries& queries = problem.queries;
   const InfonceKeys& keys = problem.keys;
-  const float scale = kLog2E / *problem.temperature;
+  const float scale = scale_of(*problem.temperature);
   const bool is_masked = has_masks(problem);
 
   const int first_query = (first_tile + blockIdx.x) * Tile::kOwnRows;
@@ -236,16 +238,16 @@ __global__ void infonce_merge(const SoftmaxSums* parts, int num_parts, int size,
 }
 
 __device__ __forceinline__ float logsumexp(const SoftmaxSums& sums) {
-  return sums.sum > 0 ? (sums.highest + log2f(sums.sum)) * kLn2 : -INFINITY;
+  return sums.sum == 0 ? -INFINITY : (sums.highest + log2f(sums.sum)) * kLn2;
 }
 
 __device__ __forceinline__ float expected_dot(const SoftmaxSums& sums) {
-  return sums.sum > 0 ? sums.dot / sums.sum : 0;
+  return sums.sum == 0 ? 0 : sums.dot / sums.sum;
 }
 
 __device__ __forceinline__ float positive_logit(const InfonceOnDevice& problem, int i, float dot) {
   const float* shift = problem.queries.positive_shift;
-  return logit(dot, kLog2E / *problem.temperature, shift ? shift[i] * kLog2E : 0) * kLn2;
+  return logit(dot, scale_of(*problem.temperature), shift ? shift[i] * kLog2E : 0) * kLn2;
 }
 
 __global__ void infonce_rows(InfonceOnDevice problem, const SoftmaxSums* rows,
@@ -272,7 +274,7 @@ __global__ void infonce_pairs(InfonceOnDevice problem, const SoftmaxSums* rows,
   const float temperature = *problem.temperature;
   const float dot = positive_dot[i];
   const float row_loss = logsumexp(rows[i]) - positive_logit(problem, i, dot);
-  const float column_loss = logsumexp(columns[i]) - logit(dot, kLog2E / temperature, 0) * kLn2;
+  const float column_loss = logsumexp(columns[i]) - logit(dot, scale_of(temperature), 0) * kLn2;
   // s = q . k / tau + ..., so ds / dtau = -q . k / tau^2.
   const float excess = expected_dot(rows[i]) + expected_dot(columns[i]) - 2 * dot;
   outputs.loss[i] = (row_loss + column_loss) / 2;
@@ -289,10 +291,8 @@ cudaError_t launch_tiles(const InfonceOnDevice& problem, InfonceGrid grid,
   static_assert(!must_fit_twice<Tile> || forward_shared_bytes<Tile>() <= kSharedBytesOfTwo);
   const int num_key_tiles = (problem.keys.num + Tile::kOtherRows - 1) / Tile::kOtherRows;
   const int tiles_per_split = (num_key_tiles + grid.num_splits - 1) / grid.num_splits;
-  const int tiles_at_once = kSymmetric ? kColumnTiles : grid.num_tiles;
-  for (int first_tile = 0; first_tile < grid.num_tiles; first_tile += tiles_at_once) {
-    const int num_tiles =
-        grid.num_tiles - first_tile < tiles_at_once ? grid.num_tiles - first_tile : tiles_at_once;
+  for (int first_tile = 0; first_tile < grid.num_tiles; first_tile += grid.num_at_once) {
+    const int num_tiles = std::min(grid.num_at_once, grid.num_tiles - first_tile);
     cudaError_t error =
         launch(infonce_forward<Tile, kSymmetric>, dim3(num_tiles, grid.num_splits), dim3(kThreads),
                forward_shared_bytes<Tile>(), stream, problem, first_tile, tiles_per_split, results);
@@ -311,14 +311,14 @@ cudaError_t launch_tiles(const InfonceOnDevice& problem, InfonceGrid grid,
 struct ForwardGrid {
   int num_rows;
   int num_keys;
-  int most_at_once;
+  int most_tiles;
   int num_blocks;
   InfonceGrid grid;
 
   template <typename Number, int kDim>
   int operator()() {
     using Tile = ForwardTile<Number, kDim>;
-    grid = grid_of(num_rows, Tile::kOwnRows, num_keys, Tile::kOtherRows, num_blocks, most_at_once);
+    grid = grid_of(num_rows, Tile::kOwnRows, num_keys, Tile::kOtherRows, num_blocks, most_tiles);
     return 0;
   }
 };
@@ -340,8 +340,8 @@ struct LaunchForward {
 }  // namespace
 
 InfonceGrid infonce_forward_grid(Numbers numbers, int dim, int num_rows, int num_keys,
-                                 bool is_symmetric, int num_blocks) {
-  ForwardGrid chosen{num_rows, num_keys, is_symmetric ? kColumnTiles : INT32_MAX, num_blocks, {}};
+                                 int most_tiles, int num_blocks) {
+  ForwardGrid chosen{num_rows, num_keys, most_tiles, num_blocks, {}};
   dispatch(numbers, dim, chosen);
   return chosen.grid;
 }

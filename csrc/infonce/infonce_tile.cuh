@@ -62,12 +62,14 @@ __device__ __forceinline__ Operand<kRegisters> to_operand(const std::uint32_t (&
   return operand;
 }
 
-// d += a b over 32 bytes of contraction: 16 values of 16 bits or 8 of 32.
-template <typename Number>
+// d += a b over 32 bytes of contraction: 16 values of 16 bits or 8 of 32. `kIsTransposed` is for
+// a product whose sides have changed places: its terms are added in the same order.
+template <typename Number, bool kIsTransposed = false>
 __device__ __forceinline__ void multiply(float (&d)[4], const Operand<4>& a, const Operand<2>& b) {
   if constexpr (std::is_same_v<Number, Tf32x3>) {
+    if constexpr (kIsTransposed) multiply_add_tf32(d, a.high, b.low[0], b.low[1]);
     multiply_add_tf32(d, a.low, b.high[0], b.high[1]);
-    multiply_add_tf32(d, a.high, b.low[0], b.low[1]);
+    if constexpr (!kIsTransposed) multiply_add_tf32(d, a.high, b.low[0], b.low[1]);
   }
   if constexpr (std::is_same_v<typename Number::Stored, float>) {
     multiply_add_tf32(d, a.high, b.high[0], b.high[1]);
@@ -115,8 +117,9 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, const void* vecto
   }
 }
 
-// Z = X Yᵀ of one warp; x is its first row, y the whole tile.
-template <typename Tile>
+// Z = X Yᵀ of one warp; x is its first row, y the whole tile. Own rows that are keys give the bits
+// of own rows that are queries.
+template <typename Tile, bool kOwnIsQuery = true>
 __device__ __forceinline__ void multiply_rows(typename Tile::Logits& z, const unsigned char* x,
                                               const unsigned char* y) {
   const int lane = threadIdx.x % 32;
@@ -150,7 +153,7 @@ __device__ __forceinline__ void multiply_rows(typename Tile::Logits& z, const un
         const Operand<2> b = to_operand<typename Tile::Number>(pair);
 #pragma unroll
         for (int m = 0; m < Tile::kM; ++m) {
-          multiply<typename Tile::Number>(z[m][n + half], a[m], b);
+          multiply<typename Tile::Number, !kOwnIsQuery>(z[m][n + half], a[m], b);
         }
       }
     }
@@ -274,8 +277,10 @@ struct KeySide {
   }
 };
 
-// s_ij in log2 units. An explicit fma, so that it is rounded alike wherever it is computed: a row
-// with nothing but its target has the loss 0, not nearly 0.
+__device__ __forceinline__ float scale_of(float temperature) { return kLog2E / temperature; }
+
+// s_ij in log2 units, `scale` being scale_of(tau). An explicit fma, so that it is rounded alike
+// wherever it is computed: a row with nothing but its target has the loss 0, not nearly 0.
 __device__ __forceinline__ float logit(float dot, float scale, float shift) {
   return fmaf(dot, scale, shift);
 }
@@ -328,18 +333,17 @@ int dispatch(Numbers numbers, int dim, Launcher& launcher) {
   }
 }
 
-// As many splits of the other side as fill the device, and none without a tile. At most
-// `most_at_once` tiles of own rows run at once.
+// As many splits of the other side as fill the device, and none without a tile.
 inline InfonceGrid grid_of(int num_own, int own_rows, int num_other, int other_rows, int num_blocks,
-                           int most_at_once = INT32_MAX) {
+                           int most_tiles = INT32_MAX) {
   const int num_tiles = (num_own + own_rows - 1) / own_rows;
   const int num_other_tiles = (num_other + other_rows - 1) / other_rows;
-  const int at_once = num_tiles < most_at_once ? num_tiles : most_at_once;
-  int num_splits = (num_blocks + at_once - 1) / at_once;
+  const int num_at_once = num_tiles < most_tiles ? num_tiles : most_tiles;
+  int num_splits = (num_blocks + num_at_once - 1) / num_at_once;
   if (num_splits > num_other_tiles) num_splits = num_other_tiles;
   if (num_splits < 1) num_splits = 1;
   const int tiles_per_split = (num_other_tiles + num_splits - 1) / num_splits;
-  return {num_tiles, (num_other_tiles + tiles_per_split - 1) / tiles_per_split};
+  return {num_tiles, (num_other_tiles + tiles_per_split - 1) / tiles_per_split, num_at_once};
 }
 
 }  // namespace torchrec_pt::device

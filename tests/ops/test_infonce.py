@@ -197,11 +197,39 @@ def test_the_target_is_never_masked() -> None:
     assert loss == 0
 
 
-def test_a_row_with_nothing_but_its_target_gives_zero_and_no_gradient() -> None:
-    q, k = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
-    loss = infonce_loss(q, k, query_ids=torch.zeros(5, dtype=torch.long), reduction="none")
-    assert torch.equal(loss, torch.zeros(5))
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("temperature", [0.07, 0.3, 1.0])
+def test_a_row_with_nothing_but_its_target_gives_zero_and_no_gradient(
+    temperature: float, symmetric: bool
+) -> None:
+    q, k = torch.randn(70, 40, requires_grad=True), torch.randn(70, 40, requires_grad=True)
+    ids = torch.zeros(70, dtype=torch.long)
+    options = {"temperature": temperature, "symmetric": symmetric}
+    loss = infonce_loss(q, k, query_ids=ids, **options, reduction="none")  # type: ignore[arg-type]
+    assert torch.equal(loss, torch.zeros(70))
     assert all(torch.count_nonzero(g) == 0 for g in torch.autograd.grad(loss.sum(), (q, k)))
+
+
+def test_a_self_index_outside_the_keys_masks_nothing() -> None:
+    q, k = torch.randn(5, 8), torch.randn(6, 8)
+    outside = torch.tensor([-1, 6, 2**31, 2**32 + 1, -(2**32) + 2])
+    assert torch.equal(infonce_loss(q, k, self_index=outside), infonce_loss(q, k))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_key_shows(bad: float) -> None:
+    q, k = torch.randn(3, 8), torch.randn(70, 8)
+    k[66] = bad
+    for symmetric in (False, True):
+        loss = infonce_loss(q, k, symmetric=symmetric, reduction="none")
+        assert not torch.isfinite(loss).any()
+
+
+def test_a_vanishing_upstream_gives_finite_gradients() -> None:
+    q, k = torch.randn(4, 8, requires_grad=True), torch.randn(6, 8)
+    loss = infonce_loss(q, k, reduction="none")
+    (grad,) = torch.autograd.grad(loss, q, torch.full((4,), 1e-42))
+    assert torch.isfinite(grad).all()
 
 
 # --- weights and reductions ---------------------------------------------------------------------
@@ -331,6 +359,17 @@ def test_16_bits_match_reference_with_every_option(dtype: torch.dtype, dim: int)
         leaves.append(problem[name])
     ours = infonce_loss(**problem, reduction="none")
     assert_16_bit_matches_reference(ours, infonce_loss_rows(**problem), leaves, dtype)
+
+
+def test_float16_gradients_keep_small_probabilities() -> None:
+    # p of key 1 is 1.5 · 2^-24, which float16 itself would round to a multiple of 2^-24.
+    values = torch.tensor([[4.0, 0.0]]), torch.tensor([[16.23 / 4, 0.0], [0.0, 0.0]])
+    grads = []
+    for dtype in (torch.float16, torch.float32):
+        q, k = (value.half().to(dtype).requires_grad_() for value in values)
+        (grad,) = torch.autograd.grad(2.0**10 * infonce_loss(q, k, torch.tensor([0])), k)
+        grads.append(grad[1, 0].item())
+    assert grads[0] == pytest.approx(grads[1], rel=2e-3)
 
 
 @pytest.mark.cpu_only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,21 +11,24 @@ from tests.simt.build import ROOT, Flavour, build_shared_library
 from torchrec_pt import ops as _ops  # noqa: F401 - defines the operators
 
 INFONCE = ROOT / "csrc" / "infonce"
+DEVICE_SOURCES = sorted(INFONCE.glob("*.cu"))
 TORCH = Path(torch.__file__).resolve().parent
 
 
-def build(flavour: Flavour) -> Path:
+def build(
+    flavour: Flavour, *, device_sources: Sequence[Path] = DEVICE_SOURCES, flags: Sequence[str] = ()
+) -> Path:
     return build_shared_library(
         "infonce",
-        sorted(INFONCE.glob("*.cu")),
+        device_sources,
         flavour=flavour,
         host_sources=[INFONCE / "infonce_cuda.cpp", INFONCE / "infonce_check.cpp"],
         include_dirs=[TORCH / "include", TORCH / "include/torch/csrc/api/include"],
-        flags=["-DTORCHREC_PT_SIMT"],
+        flags=["-DTORCHREC_PT_SIMT", *flags],
         link_flags=[f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"],
     )
 
 
-def load(flavour: Flavour) -> None:
+def load(library: Path) -> None:
     """From now on torchrec_pt::infonce_* of CPU tensors run the .cu sources in the executor."""
-    torch.ops.load_library(build(flavour))
+    torch.ops.load_library(library)

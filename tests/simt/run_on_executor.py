@@ -2,12 +2,14 @@
 
     SIMT_FLAVOUR=races SIMT_SEED=1 pytest -p tests.simt.run_on_executor tests/ops
 
+SIMT_LIBRARY names a library that is built already (test_mutations.py) in the place of a flavour.
 Tests marked `cpu_only` say something of the CPU kernels alone and are left out.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     flavour = os.environ.get("SIMT_FLAVOUR", "races")
     assert flavour in ("races", "sanitized")
-    infonce_library.load(flavour)
+    library = os.environ.get("SIMT_LIBRARY")
+    infonce_library.load(Path(library) if library else infonce_library.build(flavour))
     # CUDA has no kernel that makes the gradients along with the loss.
     infonce._MOST_KEYS_TO_SUM = -1
 
