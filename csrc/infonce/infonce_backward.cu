@@ -49,9 +49,11 @@ struct Softmax {
 
 // A logit by the way that its logsumexp came, through natural units: where the target is all that
 // a row has, they are equal and p is 1 exactly.
-__device__ __forceinline__ float as_stored(float logit) { return logit * kLn2 * kLog2E; }
+__device__ __forceinline__ float as_stored(float logit) {
+  return __fmul_rn(__fmul_rn(logit, kLn2), kLog2E);  // never fused with what follows
+}
 
-// z becomes ds. bias collects of each own row what comes from the rows' direction.
+// z becomes ds. Of keys, bias collects of each own row what comes from the rows' direction.
 template <typename Tile, bool kOwnIsQuery, typename Own, typename Other>
 __device__ __forceinline__ void to_ds(typename Tile::Logits& z, float (&bias)[Tile::kM][2],
                                       const InfonceOnDevice& problem, const Softmax& softmax,
@@ -84,7 +86,7 @@ __device__ __forceinline__ void to_ds(typename Tile::Logits& z, float (&bias)[Ti
       const bool is_live = queries.lse[i] != INFINITY;
       // Of a target's -1, half is the row's.
       const float at_target = is_target ? queries.grad_target[i] : 0;
-      sum += row + at_target / 2;
+      if constexpr (!kOwnIsQuery) sum += row + at_target / 2;
       dot = row + at_target + (is_live ? keys.column_grad[j] * column : 0);
     });
   } else {
@@ -94,7 +96,7 @@ __device__ __forceinline__ void to_ds(typename Tile::Logits& z, float (&bias)[Ti
           logit(dot, softmax.scale, is_target ? queries.positive_shift[i] : keys.shift[j]);
       dot = queries.grad[i] * exp2_approx((is_target ? as_stored(s) : s) - queries.lse[i]);
       if (is_target) dot += queries.grad_target[i];
-      sum += dot;
+      if constexpr (!kOwnIsQuery) sum += dot;
     });
   }
 }
@@ -309,6 +311,7 @@ __global__ void infonce_add_parts(const float* parts, int num_parts, std::int64_
 template <typename Value>
 cudaError_t add_parts(const float* parts, int num_parts, std::int64_t size, Value* total,
                       cudaStream_t stream) {
+  if (size == 0) return cudaSuccess;
   const std::int64_t num_blocks = (size + kMergeThreads - 1) / kMergeThreads;
   return launch(infonce_add_parts<Value>,
                 dim3(num_blocks < kMostMergeBlocks ? num_blocks : kMostMergeBlocks),

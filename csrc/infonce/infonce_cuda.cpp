@@ -19,6 +19,8 @@
 namespace torchrec_pt {
 namespace {
 
+// Row numbers are int32, and a tile may reach past the last row.
+constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max() - (1 << 20);
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 at::ScalarType stored_type(const InfonceProblem& problem) {
@@ -143,9 +145,9 @@ class Prepared {
     TORCH_CHECK_VALUE(type != at::kDouble, "infonce: float64 runs on the CPU alone; use float32");
     TORCH_CHECK_VALUE(query_.size(1) <= device::kMostDims, "infonce: on CUDA D may be at most ",
                       device::kMostDims, ", got ", query_.size(1));
-    TORCH_CHECK_VALUE(std::max(num_rows, num_keys) < std::numeric_limits<int32_t>::max() - 256,
-                      "infonce: on CUDA B and N must be below 2^31, got ", num_rows, " and ",
-                      num_keys);
+    TORCH_CHECK_VALUE(std::max(num_rows, num_keys) <= kMostRows,
+                      "infonce: on CUDA B and N may be at most ", kMostRows, ", got ", num_rows,
+                      " and ", num_keys);
     TORCH_CHECK_VALUE(num_keys > 0 || !target_ || num_rows == 0,
                       "infonce: target must be in [0, N) with N = 0");
   }
@@ -232,9 +234,11 @@ Gradients gradients(const InfonceProblem& inputs, const Prepared& prepared,
 }
 
 Gradients no_gradients(const InfonceProblem& inputs) {
-  return {at::zeros_like(inputs.query), at::zeros_like(inputs.keys),
-          inputs.key_bias ? at::zeros_like(*inputs.key_bias)
-                          : at::empty({0}, inputs.query.options().dtype(at::kFloat))};
+  const auto& [query, keys] = std::tie(inputs.query, inputs.keys);
+  const auto bias = inputs.key_bias
+                        ? at::zeros(inputs.key_bias->sizes(), inputs.key_bias->options())
+                        : at::empty({0}, query.options().dtype(at::kFloat));
+  return {at::zeros(query.sizes(), query.options()), at::zeros(keys.sizes(), keys.options()), bias};
 }
 
 // --- one direction ------------------------------------------------------------------------------

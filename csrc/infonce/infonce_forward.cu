@@ -237,8 +237,9 @@ __global__ void infonce_merge(const SoftmaxSums* parts, int num_parts, int size,
   totals[i] = total;
 }
 
+// In log2 units.
 __device__ __forceinline__ float logsumexp(const SoftmaxSums& sums) {
-  return sums.sum == 0 ? -INFINITY : (sums.highest + log2f(sums.sum)) * kLn2;
+  return sums.sum == 0 ? -INFINITY : sums.highest + log2f(sums.sum);
 }
 
 __device__ __forceinline__ float expected_dot(const SoftmaxSums& sums) {
@@ -247,7 +248,7 @@ __device__ __forceinline__ float expected_dot(const SoftmaxSums& sums) {
 
 __device__ __forceinline__ float positive_logit(const InfonceOnDevice& problem, int i, float dot) {
   const float* shift = problem.queries.positive_shift;
-  return logit(dot, scale_of(*problem.temperature), shift ? shift[i] * kLog2E : 0) * kLn2;
+  return logit(dot, scale_of(*problem.temperature), shift ? shift[i] * kLog2E : 0);
 }
 
 __global__ void infonce_rows(InfonceOnDevice problem, const SoftmaxSums* rows,
@@ -256,9 +257,9 @@ __global__ void infonce_rows(InfonceOnDevice problem, const SoftmaxSums* rows,
   if (i >= problem.queries.num) return;
   const std::int64_t* target = problem.queries.target;
   TORCHREC_PT_DEVICE_ASSERT(!target || (target[i] >= 0 && target[i] < problem.keys.num));
-  outputs.lse[i] = logsumexp(rows[i]);
+  outputs.lse[i] = logsumexp(rows[i]) * kLn2;
   outputs.expected_dot[i] = expected_dot(rows[i]);
-  outputs.positive[i] = target ? positive_logit(problem, i, positive_dot[i]) : 0;
+  outputs.positive[i] = target ? positive_logit(problem, i, positive_dot[i]) * kLn2 : 0;
 }
 
 __global__ void infonce_pairs(InfonceOnDevice problem, const SoftmaxSums* rows,
@@ -273,13 +274,17 @@ __global__ void infonce_pairs(InfonceOnDevice problem, const SoftmaxSums* rows,
   }
   const float temperature = *problem.temperature;
   const float dot = positive_dot[i];
-  const float row_loss = logsumexp(rows[i]) - positive_logit(problem, i, dot);
-  const float column_loss = logsumexp(columns[i]) - logit(dot, scale_of(temperature), 0) * kLn2;
+  const float row_lse = logsumexp(rows[i]);
+  const float column_lse = logsumexp(columns[i]);
+  // Subtracted before they are scaled: a compiler may fuse a scale with a difference, and then
+  // equal terms leave a rounding error.
+  const float row_loss = row_lse - positive_logit(problem, i, dot);
+  const float column_loss = column_lse - logit(dot, scale_of(temperature), 0);
   // s = q . k / tau + ..., so ds / dtau = -q . k / tau^2.
   const float excess = expected_dot(rows[i]) + expected_dot(columns[i]) - 2 * dot;
-  outputs.loss[i] = (row_loss + column_loss) / 2;
-  outputs.lse[i] = logsumexp(rows[i]);
-  outputs.column_lse[i] = logsumexp(columns[i]);
+  outputs.loss[i] = (row_loss + column_loss) * (kLn2 / 2);
+  outputs.lse[i] = row_lse * kLn2;
+  outputs.column_lse[i] = column_lse * kLn2;
   outputs.slope[i] = -excess / (2 * temperature * temperature);
 }
 

@@ -333,17 +333,26 @@ int dispatch(Numbers numbers, int dim, Launcher& launcher) {
   }
 }
 
-// As many splits of the other side as fill the device, and none without a tile.
+// The number of splits whose blocks, run in waves of num_blocks, walk over the fewest tiles one
+// after the other. No split is without a tile.
 inline InfonceGrid grid_of(int num_own, int own_rows, int num_other, int other_rows, int num_blocks,
                            int most_tiles = INT32_MAX) {
-  const int num_tiles = (num_own + own_rows - 1) / own_rows;
-  const int num_other_tiles = (num_other + other_rows - 1) / other_rows;
-  const int num_at_once = num_tiles < most_tiles ? num_tiles : most_tiles;
-  int num_splits = (num_blocks + num_at_once - 1) / num_at_once;
-  if (num_splits > num_other_tiles) num_splits = num_other_tiles;
-  if (num_splits < 1) num_splits = 1;
-  const int tiles_per_split = (num_other_tiles + num_splits - 1) / num_splits;
-  return {num_tiles, (num_other_tiles + tiles_per_split - 1) / tiles_per_split, num_at_once};
+  const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
+  const std::int64_t num_tiles = ceil_div(num_own, own_rows);
+  const std::int64_t num_other_tiles = ceil_div(num_other, other_rows);
+  const std::int64_t num_at_once = num_tiles < most_tiles ? num_tiles : most_tiles;
+  std::int64_t num_splits = 1;
+  std::int64_t fewest = INT64_MAX;
+  for (std::int64_t splits = 1; splits <= ceil_div(num_blocks, num_at_once); ++splits) {
+    const std::int64_t num_waves = ceil_div(num_at_once * splits, num_blocks);
+    const std::int64_t num_walked = num_waves * ceil_div(num_other_tiles, splits);
+    if (num_walked >= fewest) continue;
+    fewest = num_walked;
+    num_splits = splits;
+  }
+  const std::int64_t tiles_per_split = ceil_div(num_other_tiles, num_splits);
+  num_splits = ceil_div(num_other_tiles, tiles_per_split);
+  return {static_cast<int>(num_tiles), static_cast<int>(num_splits), static_cast<int>(num_at_once)};
 }
 
 }  // namespace torchrec_pt::device

@@ -361,7 +361,7 @@ def test_16_bits_match_reference_with_every_option(dtype: torch.dtype, dim: int)
     assert_16_bit_matches_reference(ours, infonce_loss_rows(**problem), leaves, dtype)
 
 
-def test_float16_gradients_keep_small_probabilities() -> None:
+def test_16_bit_gradients_keep_small_probabilities() -> None:
     # p of key 1 is 1.5 · 2^-24, which float16 itself would round to a multiple of 2^-24.
     values = torch.tensor([[4.0, 0.0]]), torch.tensor([[16.23 / 4, 0.0], [0.0, 0.0]])
     grads = []

@@ -39,6 +39,7 @@ DEVICE_FLAGS = (
     "-O2",
     "-fno-strict-aliasing",
     "-fno-tree-loop-distribute-patterns",
+    "-ffp-contract=off",
     "-Wno-unknown-pragmas",
 )
 WATCH_FLAGS = {

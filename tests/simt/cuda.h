@@ -39,6 +39,9 @@ T __ldg(const T* address) {
 
 [[noreturn]] inline void __trap(simt::Site site = simt::Site::current()) { simt::trap(site); }
 
+// Products that no compiler fuses with a sum. Ours has no reason to: it makes no FMA by itself.
+inline float __fmul_rn(float a, float b) { return a * b; }
+
 inline std::int32_t __float_as_int(float x) { return std::bit_cast<std::int32_t>(x); }
 inline std::uint32_t __float_as_uint(float x) { return std::bit_cast<std::uint32_t>(x); }
 inline float __int_as_float(std::int32_t x) { return std::bit_cast<float>(x); }
