@@ -23,7 +23,7 @@ template <typename Number, int kDim>
 struct BackwardTileOf {
   static constexpr bool kIs16Bit = sizeof(typename Number::Stored) == 2;
   static constexpr int kM = kIs16Bit && kDim <= 128 ? 2 : 1;
-  static constexpr int kN = kDim > 64 ? 4 : kIs16Bit ? 6 : 8;
+  static constexpr int kN = kIs16Bit || kDim > 64 ? 4 : 8;
   using type = Tile<Number, kDim, kM, kN>;
 };
 template <typename Number, int kDim>

@@ -82,7 +82,7 @@ def test_every_kernel_is_reported_for_every_architecture(kernels: list[Kernel]) 
 
 
 def test_no_kernel_spills_or_uses_local_memory(kernels: list[Kernel]) -> None:
-    assert not [kernel for kernel in kernels if kernel.spilled_bytes or kernel.stack_bytes]
+    assert "\n".join(str(k) for k in kernels if k.spilled_bytes or k.stack_bytes) == ""
 
 
 def test_registers_allow_two_blocks_a_multiprocessor(kernels: list[Kernel]) -> None:
