@@ -98,7 +98,7 @@ MUTATIONS = {
         "__float_as_uint(d[1]),\n                                      __float_as_uint(d[2])",
     ),
     "one_of_three_tf32_products_left_out": Edit(
-        TILE, "    multiply_add_tf32(d, a.high, b.low[0], b.low[1]);\n", ""
+        TILE, "    multiply_add_tf32(d, a.low, b.high[0], b.high[1]);\n", ""
     ),
     # What takes part.
     "target_allowed_to_be_masked": Edit(TILE, " && !is_target) z", ") z"),
