@@ -14,9 +14,11 @@
 
 #pragma once
 
+#include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <tuple>
 
 namespace torchrec_pt {
 
@@ -35,6 +37,31 @@ struct InfonceProblem {
   OptionalTensor log_q_positive;  // (B,) float
   OptionalTensor key_bias;        // (N,) float
 };
+
+inline OptionalTensor contiguous(const OptionalTensor& vector) {
+  return vector ? OptionalTensor(vector->contiguous()) : std::nullopt;
+}
+
+template <typename T>
+const T* data_or_null(const OptionalTensor& vector) {
+  return vector ? vector->const_data_ptr<T>() : nullptr;
+}
+
+// The problem of the rows of the symmetric loss: key i belongs to query i.
+inline InfonceProblem with_diagonal_target(InfonceProblem problem) {
+  problem.target = at::arange(problem.query.size(0), problem.query.options().dtype(at::kLong));
+  return problem;
+}
+
+// Gradients of query, keys and key_bias, in the dtypes of these. Without key_bias, grad_key_bias is
+// empty and stays as it is.
+using InfonceGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+inline InfonceGradients in_dtypes_of(const InfonceProblem& problem, const at::Tensor& grad_query,
+                                     const at::Tensor& grad_keys, const at::Tensor& grad_key_bias) {
+  return {grad_query.to(problem.query.scalar_type()), grad_keys.to(problem.keys.scalar_type()),
+          problem.key_bias ? grad_key_bias.to(problem.key_bias->scalar_type()) : grad_key_bias};
+}
 
 // Raise ValueError with one line where shapes, dtypes, devices or combinations are wrong.
 void check_infonce(const InfonceProblem& problem);

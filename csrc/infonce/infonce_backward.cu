@@ -74,13 +74,17 @@ __device__ __forceinline__ void to_ds(typename Tile::Logits& z, float (&bias)[Ti
       mask(dot, problem, queries, i, keys, j, first_key);
     });
   }
+  // grad_i p_ij
+  const auto of_row = [&](float dot, const auto& queries, int i, const auto& keys, int j,
+                          bool is_target) {
+    const float s =
+        logit(dot, softmax.scale, is_target ? queries.positive_shift[i] : keys.shift[j]);
+    return queries.grad[i] * exp2_approx((is_target ? as_stored(s) : s) - queries.lse[i]);
+  };
   if (softmax.is_symmetric) {
     sides([&](float& dot, float& sum, const auto& queries, int i, const auto& keys, int j) {
       const bool is_target = queries.target[i] == first_key + j;
-      const float s =
-          logit(dot, softmax.scale, is_target ? queries.positive_shift[i] : keys.shift[j]);
-      const float row =
-          queries.grad[i] * exp2_approx((is_target ? as_stored(s) : s) - queries.lse[i]);
+      const float row = of_row(dot, queries, i, keys, j, is_target);
       const float c = logit(dot, softmax.scale, 0);
       const float column = exp2_approx((is_target ? as_stored(c) : c) - keys.column_lse[j]);
       const bool is_live = queries.lse[i] != INFINITY;
@@ -92,9 +96,7 @@ __device__ __forceinline__ void to_ds(typename Tile::Logits& z, float (&bias)[Ti
   } else {
     sides([&](float& dot, float& sum, const auto& queries, int i, const auto& keys, int j) {
       const bool is_target = queries.target[i] == first_key + j;
-      const float s =
-          logit(dot, softmax.scale, is_target ? queries.positive_shift[i] : keys.shift[j]);
-      dot = queries.grad[i] * exp2_approx((is_target ? as_stored(s) : s) - queries.lse[i]);
+      dot = of_row(dot, queries, i, keys, j, is_target);
       if (is_target) dot += queries.grad_target[i];
       if constexpr (!kOwnIsQuery) sum += dot;
     });
@@ -293,7 +295,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // --- the parts of the splits together -----------------------------------------------------------
 
-constexpr int kMergeThreads = 256;
 constexpr int kMostMergeBlocks = 4096;
 
 template <typename Value>
@@ -326,12 +327,9 @@ cudaError_t launch_tiles(const InfonceOnDevice& problem, InfonceGrid grid,
   static_assert(!must_fit_twice<Tile> ||
                 backward_shared_bytes<Tile, kOwnIsQuery>() <= kSharedBytesOfTwo);
   const int num_own = kOwnIsQuery ? problem.queries.num : problem.keys.num;
-  const int num_other = kOwnIsQuery ? problem.keys.num : problem.queries.num;
-  const int num_other_tiles = (num_other + Tile::kOtherRows - 1) / Tile::kOtherRows;
-  const int tiles_per_split = (num_other_tiles + grid.num_splits - 1) / grid.num_splits;
   cudaError_t error = launch(
       infonce_backward<Tile, kOwnIsQuery>, dim3(grid.num_tiles, grid.num_splits), dim3(kThreads),
-      backward_shared_bytes<Tile, kOwnIsQuery>(), stream, problem, tiles_per_split, results);
+      backward_shared_bytes<Tile, kOwnIsQuery>(), stream, problem, grid.tiles_per_split, results);
   if (error != cudaSuccess || grid.num_splits == 1) return error;
   error = add_parts(results.parts, grid.num_splits, std::int64_t{num_own} * problem.dim,
                     static_cast<typename Tile::Stored*>(results.grad), stream);

@@ -68,8 +68,6 @@ void check_infonce(const InfonceProblem& problem) {
 
 void check_infonce_symmetric(const InfonceProblem& problem, const OptionalTensor& row_weight) {
   check_common(problem);
-  TORCH_CHECK_VALUE(!problem.target,
-                    "infonce: symmetric takes no target, key i belongs to query i");
   TORCH_CHECK_VALUE(problem.query.size(0) <= problem.keys.size(0),
                     "infonce: symmetric needs a key for each query, got ", problem.query.size(0),
                     " queries and ", problem.keys.size(0), " keys");

@@ -151,7 +151,7 @@ void backward(const InfonceProblem& problem, const Upstream<T>& upstream, at::Te
   }
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> infonce_backward_cpu(
+InfonceGradients infonce_backward_cpu(
     const at::Tensor& grad_lse, const at::Tensor& grad_positive, const at::Tensor& lse,
     const at::Tensor& query, const at::Tensor& keys, const OptionalTensor& target,
     const at::Tensor& temperature, const OptionalTensor& log_q, const OptionalTensor& key_ids,
@@ -175,8 +175,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> infonce_backward_cpu(
                                       grad_positive_row.const_data_ptr<scalar_t>()};
     backward<scalar_t>(problem, upstream, grad_query, grad_keys, grad_key_bias);
   });
-  return {grad_query.to(query.scalar_type()), grad_keys.to(keys.scalar_type()),
-          key_bias ? grad_key_bias.to(key_bias->scalar_type()) : grad_key_bias};
+  return in_dtypes_of(problem, grad_query, grad_keys, grad_key_bias);
 }
 
 TORCH_LIBRARY_IMPL(torchrec_pt, CPU, m) {

@@ -54,10 +54,6 @@ OptionalTensor to_float(const OptionalTensor& vector) {
   return vector ? OptionalTensor(vector->to(at::kFloat).contiguous()) : std::nullopt;
 }
 
-OptionalTensor contiguous(const OptionalTensor& vector) {
-  return vector ? OptionalTensor(vector->contiguous()) : std::nullopt;
-}
-
 OptionalTensor minus(const OptionalTensor& a, const OptionalTensor& b) {
   if (!b) return a;
   return a ? *a - *b : -*b;
@@ -69,11 +65,6 @@ at::Tensor temperature_on_device(const InfonceProblem& problem) {
   const double value = problem.temperature.item<double>();
   TORCH_CHECK_VALUE(value > 0, "infonce: temperature must be positive, got ", value);
   return at::full({}, value, problem.query.options().dtype(at::kFloat));
-}
-
-template <typename T>
-const T* pointer(const OptionalTensor& vector) {
-  return vector ? vector->const_data_ptr<T>() : nullptr;
 }
 
 float* pointer(const at::Tensor& vector) { return vector.mutable_data_ptr<float>(); }
@@ -109,19 +100,19 @@ class Prepared {
     queries.vectors = query_.const_data_ptr();
     queries.stride = query_.stride(0);
     queries.num = static_cast<int>(num_rows);
-    queries.is_live = pointer<bool>(is_live_);
-    queries.target = pointer<int64_t>(target_);
-    queries.positive_shift = pointer<float>(positive_shift_);
-    queries.target_id = pointer<int64_t>(target_ids_);
-    queries.query_id = pointer<int64_t>(query_ids_);
-    queries.self_index = pointer<int64_t>(self_index_);
+    queries.is_live = data_or_null<bool>(is_live_);
+    queries.target = data_or_null<int64_t>(target_);
+    queries.positive_shift = data_or_null<float>(positive_shift_);
+    queries.target_id = data_or_null<int64_t>(target_ids_);
+    queries.query_id = data_or_null<int64_t>(query_ids_);
+    queries.self_index = data_or_null<int64_t>(self_index_);
     device::InfonceKeys keys{};
     keys.vectors = keys_.const_data_ptr();
     keys.stride = keys_.stride(0);
     keys.num = static_cast<int>(num_keys);
-    keys.shift = pointer<float>(shift_);
-    keys.key_id = pointer<int64_t>(key_ids_);
-    keys.key_query_id = pointer<int64_t>(key_query_ids_);
+    keys.shift = data_or_null<float>(shift_);
+    keys.key_id = data_or_null<int64_t>(key_ids_);
+    keys.key_query_id = data_or_null<int64_t>(key_query_ids_);
     return {queries, keys, static_cast<int>(query_.size(1)), temperature_.const_data_ptr<float>()};
   }
 
@@ -219,21 +210,18 @@ at::Tensor side_gradient(const Prepared& prepared, const device::InfonceOnDevice
   return grad;
 }
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-Gradients gradients(const InfonceProblem& inputs, const Prepared& prepared,
-                    const device::InfonceOnDevice& problem, const OnDevice& device,
-                    const at::Tensor& grad_scale) {
+InfonceGradients gradients(const InfonceProblem& inputs, const Prepared& prepared,
+                           const device::InfonceOnDevice& problem, const OnDevice& device,
+                           const at::Tensor& grad_scale) {
   const bool has_bias = inputs.key_bias.has_value();
   const auto bias = prepared.empty_floats({has_bias ? prepared.num_keys : 0});
   const auto grad_query = side_gradient(prepared, problem, device, grad_scale, true, at::Tensor());
   const auto grad_keys =
       side_gradient(prepared, problem, device, grad_scale, false, has_bias ? bias : at::Tensor());
-  return {grad_query.to(inputs.query.scalar_type()), grad_keys.to(inputs.keys.scalar_type()),
-          has_bias ? bias.to(inputs.key_bias->scalar_type()) : bias};
+  return in_dtypes_of(inputs, grad_query, grad_keys, bias);
 }
 
-Gradients no_gradients(const InfonceProblem& inputs) {
+InfonceGradients no_gradients(const InfonceProblem& inputs) {
   const auto& [query, keys] = std::tie(inputs.query, inputs.keys);
   const auto bias = inputs.key_bias
                         ? at::zeros(inputs.key_bias->sizes(), inputs.key_bias->options())
@@ -267,15 +255,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> infonce_forward_cuda(
   return {lse, positive, expected_dot, sums.positive_dot};
 }
 
-Gradients infonce_backward_cuda(const at::Tensor& grad_lse, const at::Tensor& grad_positive,
-                                const at::Tensor& lse, const at::Tensor& query,
-                                const at::Tensor& keys, const OptionalTensor& target,
-                                const at::Tensor& temperature, const OptionalTensor& log_q,
-                                const OptionalTensor& key_ids, const OptionalTensor& query_ids,
-                                const OptionalTensor& key_query_ids,
-                                const OptionalTensor& self_index,
-                                const OptionalTensor& log_q_positive,
-                                const OptionalTensor& key_bias) {
+InfonceGradients infonce_backward_cuda(
+    const at::Tensor& grad_lse, const at::Tensor& grad_positive, const at::Tensor& lse,
+    const at::Tensor& query, const at::Tensor& keys, const OptionalTensor& target,
+    const at::Tensor& temperature, const OptionalTensor& log_q, const OptionalTensor& key_ids,
+    const OptionalTensor& query_ids, const OptionalTensor& key_query_ids,
+    const OptionalTensor& self_index, const OptionalTensor& log_q_positive,
+    const OptionalTensor& key_bias) {
   const InfonceProblem inputs{query,      keys,           target,    temperature,
                               log_q,      key_ids,        query_ids, key_query_ids,
                               self_index, log_q_positive, key_bias};
@@ -299,11 +285,6 @@ Gradients infonce_backward_cuda(const at::Tensor& grad_lse, const at::Tensor& gr
 }
 
 // --- both directions ----------------------------------------------------------------------------
-
-InfonceProblem with_diagonal_target(InfonceProblem inputs) {
-  inputs.target = at::arange(inputs.query.size(0), inputs.query.options().dtype(at::kLong));
-  return inputs;
-}
 
 OptionalTensor is_live_by(const OptionalTensor& row_weight) {
   return row_weight ? OptionalTensor((*row_weight != 0).contiguous()) : std::nullopt;
@@ -336,7 +317,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> infonce_symmetric_for
   return {loss, lse, column_lse, slope};
 }
 
-Gradients infonce_symmetric_backward_cuda(
+InfonceGradients infonce_symmetric_backward_cuda(
     const at::Tensor& grad_loss, const at::Tensor& lse, const at::Tensor& column_lse,
     const at::Tensor& query, const at::Tensor& keys, const OptionalTensor& row_weight,
     const at::Tensor& temperature, const OptionalTensor& log_q, const OptionalTensor& key_ids,

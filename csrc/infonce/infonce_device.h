@@ -67,7 +67,8 @@ struct SoftmaxSums {
 struct InfonceGrid {
   int num_tiles;
   int num_splits;
-  int num_at_once;  // tiles of one launch; num_tiles but for the column sums of forward
+  int tiles_per_split;  // of the other side
+  int num_at_once;      // tiles of one launch; num_tiles but for the column sums of forward
 };
 
 // `num_blocks` is how many should run at once to fill the device. The column sums of at most

@@ -221,8 +221,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // --- the parts together -------------------------------------------------------------------------
 
-constexpr int kMergeThreads = 256;
-
 dim3 one_thread_each(int size) { return dim3((size + kMergeThreads - 1) / kMergeThreads); }
 
 // totals_i = parts_0i + parts_1i + ..., on top of what is there already.
@@ -294,13 +292,11 @@ template <typename Tile, bool kSymmetric>
 cudaError_t launch_tiles(const InfonceOnDevice& problem, InfonceGrid grid,
                          const InfonceForwardResults& results, cudaStream_t stream) {
   static_assert(!must_fit_twice<Tile> || forward_shared_bytes<Tile>() <= kSharedBytesOfTwo);
-  const int num_key_tiles = (problem.keys.num + Tile::kOtherRows - 1) / Tile::kOtherRows;
-  const int tiles_per_split = (num_key_tiles + grid.num_splits - 1) / grid.num_splits;
   for (int first_tile = 0; first_tile < grid.num_tiles; first_tile += grid.num_at_once) {
     const int num_tiles = std::min(grid.num_at_once, grid.num_tiles - first_tile);
-    cudaError_t error =
-        launch(infonce_forward<Tile, kSymmetric>, dim3(num_tiles, grid.num_splits), dim3(kThreads),
-               forward_shared_bytes<Tile>(), stream, problem, first_tile, tiles_per_split, results);
+    cudaError_t error = launch(infonce_forward<Tile, kSymmetric>, dim3(num_tiles, grid.num_splits),
+                               dim3(kThreads), forward_shared_bytes<Tile>(), stream, problem,
+                               first_tile, grid.tiles_per_split, results);
     if (kSymmetric && error == cudaSuccess) {
       const int num_columns = problem.keys.num_columns;
       error =

@@ -31,15 +31,6 @@ inline at::Tensor rows_of(const at::Tensor& matrix, int64_t first, int64_t count
   return matrix.narrow(0, first, count).to(dtype).contiguous();
 }
 
-inline OptionalTensor contiguous(const OptionalTensor& vector) {
-  return vector ? OptionalTensor(vector->contiguous()) : std::nullopt;
-}
-
-template <typename T>
-const T* data_or_null(const OptionalTensor& vector) {
-  return vector ? vector->const_data_ptr<T>() : nullptr;
-}
-
 // What the loops read besides the products.
 template <typename T>
 class Logits {

@@ -40,11 +40,6 @@ class DeadRows {
   OptionalTensor is_dead_;
 };
 
-InfonceProblem with_diagonal_target(InfonceProblem problem) {
-  problem.target = at::arange(problem.query.size(0), problem.query.options().dtype(at::kLong));
-  return problem;
-}
-
 // --- forward ------------------------------------------------------------------------------------
 
 // Of each column j < B: the online logsumexp of the rows visited, without the diagonal.
@@ -231,7 +226,7 @@ void backward(const InfonceProblem& problem, const Upstream& upstream, const Dea
   }
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> infonce_symmetric_backward_cpu(
+InfonceGradients infonce_symmetric_backward_cpu(
     const at::Tensor& grad_loss, const at::Tensor& lse, const at::Tensor& column_lse,
     const at::Tensor& query, const at::Tensor& keys, const OptionalTensor& row_weight,
     const at::Tensor& temperature, const OptionalTensor& log_q, const OptionalTensor& key_ids,
@@ -252,8 +247,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> infonce_symmetric_backward_cpu(
     backward<scalar_t>(with_diagonal_target(problem), upstream, is_dead, grad_query, grad_keys,
                        grad_key_bias);
   });
-  return {grad_query.to(query.scalar_type()), grad_keys.to(keys.scalar_type()),
-          key_bias ? grad_key_bias.to(key_bias->scalar_type()) : grad_key_bias};
+  return in_dtypes_of(problem, grad_query, grad_keys, grad_key_bias);
 }
 
 TORCH_LIBRARY_IMPL(torchrec_pt, CPU, m) {

@@ -304,6 +304,9 @@ __device__ __forceinline__ void mask(float& z, const InfonceOnDevice& problem,
 
 // --- launches -----------------------------------------------------------------------------------
 
+// Of the small kernels that put parts together.
+constexpr int kMergeThreads = 256;
+
 // Two blocks fit on a multiprocessor of compute capability 8.0: 164 KiB, 1 of it for each block.
 constexpr std::size_t kSharedBytesOfTwo = 164 * 1024 / 2 - 1024;
 
@@ -352,7 +355,8 @@ inline InfonceGrid grid_of(int num_own, int own_rows, int num_other, int other_r
   }
   const std::int64_t tiles_per_split = ceil_div(num_other_tiles, num_splits);
   num_splits = ceil_div(num_other_tiles, tiles_per_split);
-  return {static_cast<int>(num_tiles), static_cast<int>(num_splits), static_cast<int>(num_at_once)};
+  return {static_cast<int>(num_tiles), static_cast<int>(num_splits),
+          static_cast<int>(tiles_per_split), static_cast<int>(num_at_once)};
 }
 
 }  // namespace torchrec_pt::device
