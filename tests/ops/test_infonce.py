@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,6 +59,12 @@ def all_options(num_rows: int, num_keys: int, seed: int = 1) -> dict[str, Tensor
     }
 
 
+def of_one_size(problem: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The problem with logits, and so their rounding, of about one size at every dim."""
+    scaled = {name: problem[name] / problem[name].shape[1] ** 0.25 for name in ("query", "keys")}
+    return problem | {name: vectors.to(dtype) for name, vectors in scaled.items()}
+
+
 def gradients(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return [grad.double() for grad in torch.autograd.grad(loss, inputs)]
 
@@ -109,10 +116,8 @@ def test_matches_float64_reference_with_every_option(shape: tuple[int, int, int]
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize(("num_rows", "num_keys"), [(67, 201), (131, 65)])
 def test_matches_reference_at_every_dim(num_rows: int, num_keys: int, dim: int) -> None:
-    problem = make(num_rows, num_keys, dim) | all_options(num_rows, num_keys)
-    problem["query"] /= dim**0.25  # keeps the logits, and so their rounding, of one size
-    problem["keys"] /= dim**0.25
-    assert_matches_reference(problem)
+    problem = of_one_size(make(num_rows, num_keys, dim))
+    assert_matches_reference(problem | all_options(num_rows, num_keys))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1000.0])
@@ -352,11 +357,8 @@ def assert_16_bit_matches_reference(
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_match_reference_with_every_option(dtype: torch.dtype, dim: int) -> None:
-    problem = make(131, 201, dim) | all_options(131, 201)
-    leaves = []
-    for name in ("query", "keys"):
-        problem[name] = (problem[name] / dim**0.25).to(dtype).requires_grad_()
-        leaves.append(problem[name])
+    problem = of_one_size(make(131, 201, dim), dtype) | all_options(131, 201)
+    leaves = [problem[name].requires_grad_() for name in ("query", "keys")]
     ours = infonce_loss(**problem, reduction="none")
     assert_16_bit_matches_reference(ours, infonce_loss_rows(**problem), leaves, dtype)
 
@@ -560,13 +562,10 @@ def test_strides_do_not_matter() -> None:
     torch.testing.assert_close(loss, same)
 
 
-def test_bits_do_not_depend_on_the_thread_count() -> None:
-    problem = make(300, 2100, 48) | all_options(300, 2100)
-    leaves = [problem[n].requires_grad_() for n in ("query", "keys", "key_bias", "temperature")]
-
+def assert_same_bits_on_two_threads(loss_of: Callable[[], Tensor], leaves: list[Tensor]) -> None:
     def run(num_threads: int) -> list[Tensor]:
         torch.set_num_threads(num_threads)
-        loss = infonce_loss(**problem)
+        loss = loss_of()
         return [loss, *torch.autograd.grad(loss, leaves)]
 
     before = torch.get_num_threads()
@@ -575,6 +574,13 @@ def test_bits_do_not_depend_on_the_thread_count() -> None:
             assert torch.equal(one, two)
     finally:
         torch.set_num_threads(before)
+
+
+def test_bits_do_not_depend_on_the_thread_count() -> None:
+    problem = make(300, 2100, 48) | all_options(300, 2100)
+    leaves = [problem[n].requires_grad_() for n in ("query", "keys", "key_bias", "temperature")]
+
+    assert_same_bits_on_two_threads(lambda: infonce_loss(**problem), leaves)
 
 
 MEMORY_PROBE = """

@@ -11,8 +11,10 @@ from tests.ops.test_infonce import (
     DIMS,
     all_options,
     assert_16_bit_matches_reference,
+    assert_same_bits_on_two_threads,
     gradients,
     make,
+    of_one_size,
     rounding,
 )
 from torchrec_pt.ops import infonce_loss
@@ -90,20 +92,15 @@ def test_matches_float64_reference_with_every_option(shape: tuple[int, int, int]
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize(("num_rows", "num_keys"), [(67, 201), (131, 131)])
 def test_matches_reference_at_every_dim(num_rows: int, num_keys: int, dim: int) -> None:
-    problem = pairs(num_rows, num_keys, dim) | every_option(num_rows, num_keys)
-    problem["query"] /= dim**0.25  # keeps the logits, and so their rounding, of one size
-    problem["keys"] /= dim**0.25
-    assert_matches_reference(problem)
+    problem = of_one_size(pairs(num_rows, num_keys, dim))
+    assert_matches_reference(problem | every_option(num_rows, num_keys))
 
 
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_match_reference_with_every_option(dtype: torch.dtype, dim: int) -> None:
-    problem = pairs(131, 201, dim) | every_option(131, 201)
-    leaves = []
-    for name in ("query", "keys"):
-        problem[name] = (problem[name] / dim**0.25).to(dtype).requires_grad_()
-        leaves.append(problem[name])
+    problem = of_one_size(pairs(131, 201, dim), dtype) | every_option(131, 201)
+    leaves = [problem[name].requires_grad_() for name in ("query", "keys")]
     expected = infonce_symmetric_rows(**problem)
     assert_16_bit_matches_reference(symmetric_rows(problem), expected, leaves, dtype)
 
@@ -380,17 +377,7 @@ def test_strides_do_not_matter() -> None:
 def test_bits_do_not_depend_on_the_thread_count() -> None:
     problem, leaves = with_leaves(pairs(600, 2100, 48) | every_option(600, 2100))
 
-    def run(num_threads: int) -> list[Tensor]:
-        torch.set_num_threads(num_threads)
-        loss = infonce_loss(**problem, symmetric=True)
-        return [loss, *torch.autograd.grad(loss, leaves)]
-
-    before = torch.get_num_threads()
-    try:
-        for one, two in zip(run(1), run(2), strict=True):
-            assert torch.equal(one, two)
-    finally:
-        torch.set_num_threads(before)
+    assert_same_bits_on_two_threads(lambda: infonce_loss(**problem, symmetric=True), leaves)
 
 
 # --- bad input ----------------------------------------------------------------------------------
