@@ -148,7 +148,7 @@ def _build(name: str, suffix: str, units: Sequence[_Unit], link_flags: Sequence[
 
 
 def _compile(unit: _Unit) -> Path:
-    key = _hash([_compiler_version(), _headers(), unit.source.read_text(), *unit.flags])
+    key = _hash([_compiler_version(), _headers(unit), unit.source.read_text(), *unit.flags])
     target = BUILD / "objects" / f"{unit.source.stem}-{key}.o"
     if not target.exists():
         assert COMPILER is not None
@@ -171,10 +171,10 @@ def _hash(parts: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _headers() -> str:
-    """All that a source of ours may include."""
-    found = [path for at in (ROOT / "csrc", SIMT) for path in at.rglob("*.*h")]
-    found = [path for path in found if path.suffix in (".h", ".cuh")]
+def _headers(unit: _Unit) -> str:
+    """All that it may include: what stands beside it, csrc/device and the executor."""
+    folders = {SIMT, ROOT / "csrc" / "device", unit.source.parent}
+    found = {path for at in folders for path in at.rglob("*.*h") if path.suffix in (".h", ".cuh")}
     return _hash(text for path in sorted(found) for text in (path.name, path.read_text()))
 
 

@@ -1,8 +1,10 @@
-"""A pytest plugin: the tests of the session run the CUDA sources of infonce in the executor.
+"""A pytest plugin: the tests of the session run the CUDA sources of operators in the executor.
 
-    SIMT_FLAVOUR=races SIMT_SEED=1 pytest -p tests.simt.run_on_executor tests/ops
+    SIMT_OPERATORS=infonce SIMT_FLAVOUR=races SIMT_SEED=1 \
+        pytest -p tests.simt.run_on_executor tests/ops/test_infonce.py
 
-SIMT_LIBRARY names a library that is built already (test_mutations.py) in the place of a flavour.
+SIMT_OPERATORS names folders of csrc, with commas; without it, all that have kernels.
+SIMT_LIBRARY names one of infonce that is built already (test_infonce_mutations.py).
 Tests marked `cpu_only` say something of the CPU kernels alone and are left out.
 """
 
@@ -16,15 +18,22 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     # Here, so that the libraries of a sanitizer are the first that the process loads.
-    from tests.simt import infonce_library
+    from tests.simt import operator_library
     from torchrec_pt.ops import infonce
 
     flavour = os.environ.get("SIMT_FLAVOUR", "races")
     assert flavour in ("races", "sanitized")
-    library = os.environ.get("SIMT_LIBRARY")
-    infonce_library.load(Path(library) if library else infonce_library.build(flavour))
-    # CUDA has no kernel that makes the gradients along with the loss.
-    infonce._MOST_KEYS_TO_SUM = -1
+    if library := os.environ.get("SIMT_LIBRARY"):
+        operator_library.load(Path(library))
+        operators = ["infonce"]
+    else:
+        named = os.environ.get("SIMT_OPERATORS")
+        operators = named.split(",") if named else operator_library.OPERATORS
+        for operator in operators:
+            operator_library.load(operator_library.build(operator, flavour))
+    if "infonce" in operators:
+        # CUDA has no kernel that makes the gradients along with the loss.
+        infonce._MOST_KEYS_TO_SUM = -1
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.simt import infonce_library
+from tests.simt import operator_library
 from tests.simt.build import COMPILER, ROOT
 
 pytestmark = [pytest.mark.soak, pytest.mark.skipif(COMPILER is None, reason="no g++")]
@@ -170,7 +170,7 @@ MUTATIONS = {
 def sources_with(edits: tuple[Edit, ...], folder: Path) -> list[Path]:
     """The kernels' sources after the edits, their own headers pasted in."""
     texts = {
-        name: (infonce_library.INFONCE / name).read_text()
+        name: (ROOT / "csrc/infonce" / name).read_text()
         for name in (DEVICE, TILE, FORWARD, BACKWARD)
     }
     for edit in edits:
@@ -186,12 +186,18 @@ def sources_with(edits: tuple[Edit, ...], folder: Path) -> list[Path]:
 
 
 def run_tests(edits: tuple[Edit, ...], folder: Path) -> subprocess.CompletedProcess[str]:
-    library = infonce_library.build(
-        "races", device_sources=sources_with((*RESTRICTIONS, *edits), folder), flags=["-O1"]
+    library = operator_library.build(
+        "infonce", "races", sources=sources_with((*RESTRICTIONS, *edits), folder), flags=["-O1"]
     )
     environment = os.environ | {"SIMT_LIBRARY": str(library), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.simt.run_on_executor"]
-    command += ["-p", "no:cacheprovider", "-k", TESTS, "tests/ops"]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        TESTS,
+        *map(str, ROOT.glob("tests/ops/test_infonce*.py")),
+    ]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )

@@ -1,4 +1,4 @@
-"""What is true of the CUDA operators alone; test_infonce_kernels.py runs it in the executor."""
+"""What is true of infonce on CUDA alone; test_operators.py runs it in the executor."""
 
 from __future__ import annotations
 
