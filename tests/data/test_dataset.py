@@ -104,6 +104,12 @@ def test_select_takes_rows_in_any_order_with_repeats(
 
 
 @examples
+@given(rows=lists)
+def test_to_sets_sorts_each_row_and_drops_repeats(rows: list[list[int]]) -> None:
+    assert plain(jagged(rows).to_sets()) == [sorted(set(row)) for row in rows]
+
+
+@examples
 @given(rows=lists, max_length=st.integers(0, 7))
 def test_tail_keeps_the_last_entries(rows: list[list[int]], max_length: int) -> None:
     expected = [row[max(0, len(row) - max_length) :] for row in rows]

@@ -90,6 +90,15 @@ class Jagged:
         kept_before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
         return Jagged(self.values[keep], kept_before[self.offsets])
 
+    def to_sets(self) -> Jagged:
+        """The values of each row once, ascending."""
+        order = self.values.argsort(stable=True)
+        order = order[self.rows[order].argsort(stable=True)]
+        ascending = self.with_values(self.values[order])
+        is_first = torch.ones_like(ascending.values, dtype=torch.bool)
+        is_first[1:] = (ascending.values.diff() != 0) | (ascending.rows.diff() != 0)
+        return ascending.filter(is_first)
+
     def slices(self, starts: Tensor, lengths: Tensor) -> Jagged:
         """Rows values[starts[i]:starts[i] + lengths[i]]; starts (S,) count from the first value."""
         offsets = _offsets(lengths)

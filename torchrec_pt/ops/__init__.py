@@ -10,7 +10,14 @@ except ImportError as error:
     ) from error
 
 from torchrec_pt.ops.infonce import infonce_logsumexp, infonce_loss
+from torchrec_pt.ops.negatives import NegativeSampler, SampledNegatives
 
 build_info = _C.build_info
 
-__all__ = ["build_info", "infonce_logsumexp", "infonce_loss"]
+__all__ = [
+    "NegativeSampler",
+    "SampledNegatives",
+    "build_info",
+    "infonce_logsumexp",
+    "infonce_loss",
+]

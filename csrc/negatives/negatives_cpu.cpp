@@ -1,0 +1,226 @@
+// negatives on the CPU (formula and shapes: negatives.h).
+//
+// A row is drawn by one thread, kChunk draws at a time: the words of all, their columns, then the
+// items. The alias columns are fetched ahead, since each is a miss of the cache. Most items pass
+// the row's exclusions by one look into a bitmap of their hashes; the others are searched for.
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <tuple>
+#include <vector>
+
+#include "negatives/negatives.h"
+#include "negatives/negatives_words.h"
+
+namespace torchrec_pt {
+namespace {
+
+constexpr std::int64_t kChunk = 256;
+
+using Words = std::array<std::uint32_t, kChunk>;
+
+// The items that a row must not be given: a hash table with linear probing, so sparse that nearly
+// every other item meets an empty slot at once.
+class Excluded {
+ public:
+  // Takes the place of the items before.
+  void assign(const std::int64_t* items, std::int64_t size) {
+    is_empty_ = size == 0;
+    if (is_empty_) return;
+    const auto width = static_cast<int>(std::bit_width(static_cast<std::uint64_t>(size)));
+    const int log2_slots = std::min(width + 4, 31);
+    shift_ = 32 - log2_slots;
+    slots_.assign(std::size_t{1} << log2_slots, kNone);
+    for (std::int64_t i = 0; i < size; ++i) {
+      const auto item = static_cast<std::uint32_t>(items[i]);
+      slots_[slot_of(item)] = item;
+    }
+  }
+
+  bool operator()(std::uint32_t item) const { return !is_empty_ && slots_[slot_of(item)] == item; }
+
+  bool is_empty() const { return is_empty_; }
+
+ private:
+  static constexpr std::uint32_t kNone = 0xffffffff;  // is no item
+
+  // Where the item is, or the empty slot where it would be.
+  std::uint32_t slot_of(std::uint32_t item) const {
+    const std::uint32_t* slots = slots_.data();
+    const std::uint32_t last = 0xffffffffu >> shift_;
+    std::uint32_t slot = item * 0x9E3779B1u >> shift_;
+    while (slots[slot] != kNone && slots[slot] != item) slot = slot + 1 & last;
+    return slot;
+  }
+
+  bool is_empty_ = true;
+  int shift_ = 31;
+  std::vector<std::uint32_t> slots_;
+};
+
+class Sampler {
+ public:
+  Sampler(const NegativesProblem& problem, at::Tensor& items, at::Tensor& log_q)
+      : distribution_(distribution_of(problem)),
+        key_(key_of(problem)),
+        num_rows_(problem.rows.size(0)),
+        num_draws_(problem.num_draws),
+        total_mass_(total_mass(problem)),
+        rows_(problem.rows.const_data_ptr<int64_t>()),
+        mass_(problem.mass ? problem.mass->const_data_ptr<int64_t>() : nullptr),
+        exclude_(problem.exclude ? problem.exclude->const_data_ptr<int64_t>() : nullptr),
+        offsets_(problem.exclude_offsets ? problem.exclude_offsets->const_data_ptr<int64_t>()
+                                         : nullptr),
+        num_excluded_(problem.exclude ? problem.exclude->numel() : 0),
+        items_(items.mutable_data_ptr<int64_t>()),
+        log_q_(log_q.mutable_data_ptr<float>()) {}
+
+  void sample_row(std::int64_t r, Excluded& excluded) const {
+    TORCH_CHECK_VALUE(rows_[r] >= 0 && rows_[r] < std::int64_t{1} << 32,
+                      "negatives: rows must be in [0, 2^32), got ", rows_[r], " at ", r);
+    const float log_scale = exclude_row(r, excluded);
+    if (!distribution_.columns) log_q_[r] = log_scale;
+    for (std::int64_t first = 0; first < num_draws_; first += kChunk) {
+      const std::int64_t size = std::min(kChunk, num_draws_ - first);
+      draw(r, first, size, log_scale, excluded);
+    }
+  }
+
+ private:
+  // The log of M / (1 - sum of the excluded items' q); over n where the distribution is uniform.
+  float exclude_row(std::int64_t r, Excluded& excluded) const {
+    std::uint64_t mass = total_mass_;
+    if (offsets_) {
+      const std::int64_t begin = offsets_[r];
+      const std::int64_t end = offsets_[r + 1];
+      TORCH_CHECK_VALUE(0 <= begin && begin <= end && end <= num_excluded_,
+                        "negatives: exclude's offsets must ascend from 0 to ", num_excluded_,
+                        ", got ", begin, " and ", end, " for row ", r);
+      fetch_masses(r + 1);
+      for (std::int64_t i = begin; i < end; ++i) mass -= mass_of(exclude_[i], i, begin, r);
+      TORCH_CHECK_VALUE(mass > 0, "negatives: row ", r, " excludes all ", distribution_.num_items,
+                        " items that can be drawn; leave the row out, or some of its items in");
+      excluded.assign(exclude_ + begin, end - begin);
+    }
+    const double total = static_cast<double>(distribution_.columns ? total_mass_ : 1);
+    const double draws = static_cast<double>(num_draws_);
+    return static_cast<float>(std::log(draws * total / static_cast<double>(mass)));
+  }
+
+  // Ahead of the row's turn.
+  void fetch_masses(std::int64_t r) const {
+    if (!mass_ || r >= num_rows_) return;
+    const std::int64_t end = std::min(offsets_[r + 1], num_excluded_);
+    for (std::int64_t i = std::max<std::int64_t>(offsets_[r], 0); i < end; ++i) {
+      __builtin_prefetch(mass_ + exclude_[i]);
+    }
+  }
+
+  std::uint64_t mass_of(std::int64_t item, std::int64_t i, std::int64_t begin,
+                        std::int64_t r) const {
+    TORCH_CHECK_VALUE(item >= 0 && item < distribution_.num_items, "negatives: row ", r,
+                      " excludes item ", item, ", but items are 0 to ",
+                      distribution_.num_items - 1);
+    TORCH_CHECK_VALUE(i == begin || exclude_[i - 1] < item, "negatives: the items that row ", r,
+                      " excludes must ascend, got ", item, " after ", exclude_[i - 1],
+                      "; Jagged.to_sets() sorts them");
+    return mass_ ? static_cast<std::uint64_t>(mass_[item]) : 1;
+  }
+
+  DrawPlace place(std::int64_t r, std::int64_t draw) const {
+    return {key_, static_cast<std::uint32_t>(rows_[r]), static_cast<std::uint32_t>(draw)};
+  }
+
+  Words words(std::int64_t r, std::int64_t first, std::int64_t size, DrawStream stream) const {
+    Words words;
+    first_words(key_, static_cast<std::uint32_t>(rows_[r]), stream,
+                static_cast<std::uint32_t>(first),
+                (size + kWordGroup - 1) / kWordGroup * kWordGroup, words.data());
+    return words;
+  }
+
+  void draw(std::int64_t r, std::int64_t first, std::int64_t size, float log_scale,
+            const Excluded& excluded) const {
+    std::int64_t* items = items_ + r * num_draws_ + first;
+    float* log_q = distribution_.columns ? log_q_ + r * num_draws_ + first : nullptr;
+    const Words column_words = words(r, first, size, kColumn);
+    const bool any_refused = to_columns(distribution_, column_words.data(), size, items);
+    if (distribution_.columns) {
+      const Words coins = words(r, first, size, kCoin);
+      to_items(distribution_, coins.data(), size, log_scale, items, log_q);
+    }
+    if (!any_refused && excluded.is_empty()) return;
+    for (std::int64_t d = 0; d < size; ++d) {
+      const bool is_refused = distribution_.refuses(distribution_.product(column_words[d]));
+      if (!is_refused && !excluded(static_cast<std::uint32_t>(items[d]))) continue;
+      const Drawn drawn = draw_again(distribution_, place(r, first + d), excluded);
+      items[d] = drawn.item;
+      if (log_q) log_q[d] = drawn.log_q + log_scale;
+    }
+  }
+
+  ItemDistribution distribution_;
+  PhiloxKey key_;
+  std::int64_t num_rows_;
+  std::int64_t num_draws_;
+  std::uint64_t total_mass_;
+  const std::int64_t* rows_;
+  const std::int64_t* mass_;     // null: one each
+  const std::int64_t* exclude_;  // null, like offsets_: nothing
+  const std::int64_t* offsets_;
+  std::int64_t num_excluded_;
+  std::int64_t* items_;
+  float* log_q_;
+};
+
+std::tuple<at::Tensor, at::Tensor> sample_negatives_cpu(const at::Tensor& rows, int64_t num_draws,
+                                                        int64_t num_items, int64_t seed,
+                                                        int64_t step, const OptionalTensor& columns,
+                                                        const OptionalTensor& mass,
+                                                        const OptionalTensor& exclude,
+                                                        const OptionalTensor& exclude_offsets) {
+  const NegativesProblem problem{rows.contiguous(), num_draws, num_items, seed,           step,
+                                 columns,           mass,      exclude,   exclude_offsets};
+  check_negatives(problem);
+  auto items = at::empty({rows.size(0), num_draws}, rows.options());
+  auto log_q = empty_log_q(problem);
+  const Sampler sampler(problem, items, log_q);
+  const std::int64_t rows_per_task =
+      std::max<std::int64_t>(1, 4096 / std::max<int64_t>(num_draws, 1));
+  at::parallel_for(0, rows.size(0), rows_per_task, [&](std::int64_t begin, std::int64_t end) {
+    Excluded excluded;
+    for (std::int64_t r = begin; r < end; ++r) sampler.sample_row(r, excluded);
+  });
+  return {items, log_q};
+}
+
+at::Tensor philox_cpu(const at::Tensor& counters, const at::Tensor& key) {
+  check_philox(counters, key);
+  const auto in = counters.contiguous();
+  const auto key_words = key.contiguous();
+  const auto* words = in.const_data_ptr<int64_t>();
+  const auto* key_data = key_words.const_data_ptr<int64_t>();
+  auto out = at::empty_like(in);
+  auto* result = out.mutable_data_ptr<int64_t>();
+  const auto word = [](std::int64_t value) { return static_cast<std::uint32_t>(value); };
+  for (std::int64_t i = 0; i < in.size(0); ++i, words += 4, result += 4) {
+    const PhiloxWords block =
+        philox({word(words[0]), word(words[1]), word(words[2]), word(words[3])},
+               {word(key_data[0]), word(key_data[1])});
+    for (std::uint32_t j = 0; j < 4; ++j) result[j] = block.at(j);
+  }
+  return out;
+}
+
+TORCH_LIBRARY_IMPL(torchrec_pt, CPU, m) {
+  m.impl("philox", &philox_cpu);
+  m.impl("sample_negatives", &sample_negatives_cpu);
+}
+
+}  // namespace
+}  // namespace torchrec_pt

@@ -1,0 +1,36 @@
+// The schema of negatives, and the answer to CUDA tensors where the CUDA kernels are not built.
+
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+namespace torchrec_pt {
+namespace {
+
+#ifndef TORCHREC_PT_WITH_CUDA
+void refuse_cuda(const c10::OperatorHandle&, torch::jit::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, "negatives: the CUDA kernel is not built; move the tensors to the CPU");
+}
+#endif
+
+TORCH_LIBRARY_FRAGMENT(torchrec_pt, m) {
+  // Random words of counters (N, 4) int64, whose elements are words, under one key (2,).
+  m.def("philox(Tensor counters, Tensor key) -> Tensor");
+  // The probabilities of weights (n,) float64 as AliasColumns, and in units of 1 / (n 2^32).
+  m.def("alias_table(Tensor weights) -> (Tensor columns, Tensor mass)");
+  // (R, M) int64, and the log of the expected count; (R, 1) where it is uniform.
+  m.def(
+      "sample_negatives(Tensor rows, int num_draws, int num_items, int seed, int step, "
+      "Tensor? columns, Tensor? mass, Tensor? exclude, Tensor? exclude_offsets) "
+      "-> (Tensor items, Tensor log_q)");
+}
+
+#ifndef TORCHREC_PT_WITH_CUDA
+TORCH_LIBRARY_IMPL(torchrec_pt, CUDA, m) {
+  m.impl("philox", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  m.impl("sample_negatives", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+}
+#endif
+
+}  // namespace
+}  // namespace torchrec_pt
