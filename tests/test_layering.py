@@ -17,7 +17,7 @@ LAYERS = (
     {"config", "config_file", "rng", "distributed", "files", "events", "progress", "_C"},
     {"data", "ops", "metrics", "checkpoint", "runs"},
     {"global_negatives"},
-    {"models", "sharding", "ring"},
+    {"models", "sharding", "ring", "negatives"},
     {"objectives", "tasks"},
     {"learner", "optim"},
     {"build", "train", "transfer", "scoring", "evaluate", "baselines"},

@@ -20,6 +20,7 @@ from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.models.two_tower import TwoTower
 from torchrec_pt.objectives.contrastive import ContrastiveObjective
+from torchrec_pt.objectives.item_softmax import SampledSoftmax
 from torchrec_pt.objectives.masked_item import MaskedItemObjective
 from torchrec_pt.objectives.next_item import NextItemObjective
 from torchrec_pt.sharding import Placement, fill_item_table, settle_placement, shard
@@ -48,12 +49,24 @@ def build_objectives(config: RunConfig, dataset: PreparedDataset) -> list[nn.Mod
         raise ValueError("pretrain: the configuration has no [pretrain] section; add one")
     objectives: list[nn.Module] = []
     for objective in config.pretrain.objectives:
+        if objective.name == "contrastive":
+            objectives.append(
+                ContrastiveObjective(objective, config.model, dataset.item_counts, config.seed)
+            )
+            continue
+        softmax = None
+        if objective.negatives is not None:
+            softmax = SampledSoftmax(
+                objective.negatives,
+                dataset.item_counts,
+                seed=config.seed,
+                name=objective.name,
+                max_length=config.model.max_length,
+            )
         if objective.name == "masked_item":
-            objectives.append(MaskedItemObjective(objective, config.model))
-        elif objective.name == "next_item":
-            objectives.append(NextItemObjective(objective, config.model))
+            objectives.append(MaskedItemObjective(objective, config.model, softmax))
         else:
-            objectives.append(ContrastiveObjective(objective, config.model, dataset.item_counts))
+            objectives.append(NextItemObjective(objective, config.model, softmax))
     return objectives
 
 
@@ -72,7 +85,7 @@ def build_task(config: RunConfig, name: str, dataset: PreparedDataset) -> Rankin
         assert finetune.rating is not None
         return RatingTask(finetune.rating, config.model, dataset)
     assert finetune.ranking is not None
-    return RankingTask(finetune.ranking, config.model, dataset.num_items)
+    return RankingTask(finetune.ranking, config.model, dataset.num_items, config.seed)
 
 
 def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:

@@ -58,8 +58,8 @@ class Learner(nn.Module):
         return assemble(rows, draws, self._catalogue_range if self._looks_up_catalogue else None)
 
     def forward(self, batch: Batch) -> StepLoss:
-        vectors = self.backbone.items(batch.ids)
-        catalogue = self._catalogue(batch, vectors) if self._needs_catalogue else None
+        vectors, catalogue_rows = batch.spread(self.backbone.items(batch.ids))
+        catalogue = self._catalogue(catalogue_rows) if self._needs_catalogue else None
         terms: list[LossTerm] = []
         for objective in self._objectives():
             drawn = batch.split(vectors, objective.name)
@@ -71,11 +71,9 @@ class Learner(nn.Module):
         scales = self._scales.to(totals.device) * self.ranks.world_size / global_weights
         return StepLoss(loss=(totals * scales).sum(), means=sums[0] / global_weights)
 
-    def _catalogue(self, batch: Batch, vectors: Tensor) -> Catalogue:
-        if self._looks_up_catalogue:
-            rows = batch.split(vectors, "catalogue").vectors["items"].values
-            first = self._catalogue_range[0]
-        else:
+    def _catalogue(self, rows: Tensor) -> Catalogue:
+        first = self._catalogue_range[0]
+        if not self._looks_up_catalogue:
             rows, first = self.backbone.items.weight, 0
         ids = torch.arange(first, first + len(rows), device=rows.device)
         keys = self.backbone.encode_items(ids, rows)

@@ -78,10 +78,6 @@ class RowNoise:
         """(B, num) float32 uniform in [0, 1)."""
         return unit_interval(self._row_bits(site, num))
 
-    def integers(self, site: str, num: int, high: int) -> Tensor:
-        """(B, num) int64 uniform in [0, high); the remainder of 63 bits, so high < 2^40 is even."""
-        return _shift_right(self._row_bits(site, num), 1) % high
-
     def _row_bits(self, site: str, num: int) -> Tensor:
         """(B, num) int64."""
         base = mix(self.rows + key(self.seed, self.step, site)).unsqueeze(1)

@@ -18,9 +18,13 @@ from torchrec_pt.data.dataset import PreparedDataset
 WORKER = Path(__file__).parent / "losses.py"
 
 MASKED = {"name": "masked_item"}
+NEXT = {"name": "next_item"}
 VIEWS = {"name": "contrastive", "weight": 0.5, "learn_temperature": True}
 PAIRS = {"name": "contrastive", "pairs": "user_item"}
 RING = {"negatives_across_ranks": "ring"}
+MIXED = {**PAIRS, "negatives": {"num": 11, "distribution": "log_uniform"}}
+OWN = {"negatives": {"num": 7}}
+SHARED = {"negatives": {"num": 13, "shared": True}}
 PAIRS_OF: dict[str, dict[str, Any]] = {
     "ctr": {"positive_rating": 3, "cuts_per_user": 2},
     "rating": {"targets_per_cut": 3},
@@ -65,7 +69,11 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         "pairs": case(both, replicated, pretrain=pretrain(PAIRS)),
         "views, ring": case(both, replicated, pretrain=pretrain({**VIEWS, **RING})),
         "pairs, ring": case(both, replicated, pretrain=pretrain({**PAIRS, **RING})),
-        "next": case("causal", replicated, pretrain=pretrain({"name": "next_item"})),
+        "pairs, mixed": case(both, replicated, pretrain=pretrain(MIXED)),
+        "pairs, mixed, ring": case(both, replicated, pretrain=pretrain({**MIXED, **RING})),
+        "next": case("causal", replicated, pretrain=pretrain(NEXT)),
+        "next, sampled": case("causal", replicated, pretrain=pretrain({**NEXT, **OWN})),
+        "masked, shared": case(both, replicated, pretrain=pretrain({**MASKED, **SHARED})),
         "softmax": case(both, replicated, finetune=ranking("softmax")),
         "bpr": case("causal", replicated, finetune=ranking("bpr")),
         "ctr": pairs("ctr", {"num_layers": 1}),
@@ -87,6 +95,9 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         cases[name] = case(both, table, pretrain=pretrain(MASKED, VIEWS))
         cases[f"{name} softmax"] = case("causal", table, finetune=ranking("softmax"))
         cases[f"{name} bpr"] = case(both, table, finetune=ranking("bpr"))
+        # The step's items, sampled ones and histories in one lookup.
+        cases[f"{name} sampled"] = case("causal", table, pretrain=pretrain({**NEXT, **OWN}, MIXED))
+        cases[f"{name} shared"] = case(both, table, pretrain=pretrain({**MASKED, **SHARED}, VIEWS))
     return cases
 
 

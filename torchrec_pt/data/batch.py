@@ -3,9 +3,8 @@
 One lookup a step: every item id that the objectives of a step need (histories,
 views, targets, negatives, this rank's slice of the catalogue) stands in ONE
 KeyedJaggedTensor, one key a table, so that a table whose optimizer is fused
-into backward is updated exactly once. The named segments below say whose ids
-are whose; an embedding lookup keeps their order, so the rows of a jagged
-feature need not be known to the table.
+into backward is updated exactly once. Each distinct id is looked up once; the
+named segments below say whose ids are whose, and where each is among them.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
@@ -90,8 +90,11 @@ class Batch(Pipelineable):
     """One rank's part of a step.
 
     Attributes:
-        ids: all item ids of the step under the key "item", stride 1.
-        offsets: segment name -> (R + 1,) int64 row offsets; segments lie in `ids` in this order.
+        ids: the distinct item ids of all segments, ascending, then this rank's range of the
+            catalogue; under the key "item", stride 1.
+        num_distinct: how many of `ids` come before the catalogue's.
+        places: (T,) int64, for each entry of the segments its place among the distinct ids.
+        offsets: segment name -> (R + 1,) int64 row offsets; segments lie in `places` in this order.
         tensors: labels and masks, named like the segments: "<objective>.<name>".
         rows: (B,) numbers of the rows in the global batch.
         users, weight: (B,) as in `RowKeys`.
@@ -103,6 +106,8 @@ class Batch(Pipelineable):
     users: Tensor
     weight: Tensor
     ids: KeyedJaggedTensor
+    num_distinct: int
+    places: Tensor
     offsets: dict[str, Tensor]
     tensors: dict[str, Tensor]
 
@@ -110,8 +115,16 @@ class Batch(Pipelineable):
     def keys(self) -> RowKeys:
         return RowKeys(self.users, RowNoise(self.seed, self.step, self.rows), self.weight)
 
+    def spread(self, looked_up: Tensor) -> tuple[Tensor, Tensor]:
+        """From the vectors of `ids` to those of the segments' entries (T, D), and the catalogue's.
+
+        The gradients of an item's entries add up in their order: the same bits each time.
+        """
+        distinct, catalogue = looked_up.tensor_split([self.num_distinct])
+        return F.embedding(self.places, distinct), catalogue
+
     def split(self, vectors: Tensor, owner: str) -> Embedded:
-        """The segments and tensors of `owner`, beside their ids the looked-up vectors."""
+        """The segments and tensors of `owner`; `vectors` (T, D) as `spread` gives them."""
         sizes = [int(offsets[-1]) for offsets in self.offsets.values()]
         prefix = owner + "."
 
@@ -124,7 +137,7 @@ class Batch(Pipelineable):
             }
 
         return Embedded(
-            ids=owned(self.ids.values()),
+            ids=owned(self.ids.values()[self.places]),
             vectors=owned(vectors),
             tensors={
                 name.removeprefix(prefix): tensor
@@ -157,24 +170,26 @@ def assemble(rows: Rows, draws: Mapping[str, Draw], catalogue: tuple[int, int] |
     """Join the draws of all objectives (by name) into one batch with one lookup.
 
     Args:
-        catalogue: [begin, end) of the item rows to look up as keys, or None for no such segment.
+        catalogue: [begin, end) of the item rows to look up as keys, or None for none.
     """
     segments: dict[str, Jagged] = {}
     tensors: dict[str, Tensor] = {}
     for owner, draw in draws.items():
         segments |= {f"{owner}.{name}": ids for name, ids in draw.lookups.items()}
         tensors |= {f"{owner}.{name}": tensor for name, tensor in draw.tensors.items()}
-    if catalogue is not None:
-        ids = torch.arange(*catalogue)
-        segments["catalogue.items"] = Jagged(ids, torch.tensor([0, len(ids)]))
     empty = rows.histories.values.new_zeros(0)
+    entries = torch.cat([empty, *(segment.values for segment in segments.values())])
+    distinct, places = entries.unique(return_inverse=True)
+    keys = empty if catalogue is None else torch.arange(*catalogue)
     return Batch(
         seed=rows.noise.seed,
         step=rows.noise.step,
         rows=rows.noise.rows,
         users=rows.users,
         weight=rows.weight,
-        ids=lookup_ids(torch.cat([empty, *(segment.values for segment in segments.values())])),
+        ids=lookup_ids(torch.cat([distinct, keys])),
+        num_distinct=len(distinct),
+        places=places,
         offsets={name: segment.offsets for name, segment in segments.items()},
         tensors=tensors,
     )

@@ -2,8 +2,8 @@
 
 views: NT-Xent (Chen et al. 2020, SimCLR, section 2.1) over augmented histories (Xie et al.
 2022, CL4SRec, section 3.2: crop, mask, reorder; Qiu et al. 2022, DuoRec: dropout alone).
-user_item: InfoNCE with in-batch negatives, corrected by their log frequency (Yi et al. 2019;
-the positive, always present, is left uncorrected).
+user_item: InfoNCE with in-batch negatives, and sampled ones beside them (Yang et al. 2020, Mixed
+Negative Sampling), corrected by how often they are expected (`negatives`).
 Negatives come from all ranks.
 """
 
@@ -23,6 +23,8 @@ from torchrec_pt.distributed import sum_over_ranks
 from torchrec_pt.global_negatives import AcrossRanks, Keys, gathered_infonce_loss
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
+from torchrec_pt.negatives import InBatch, Sampled, Source, join_keys
+from torchrec_pt.objectives.item_softmax import build_sampler
 from torchrec_pt.objectives.loss_term import LossTerm
 from torchrec_pt.objectives.windows import draw_windows
 from torchrec_pt.ring import ring_infonce_loss
@@ -36,7 +38,9 @@ class ContrastiveObjective(nn.Module):
 
     needs_catalogue = False
 
-    def __init__(self, config: Contrastive, model: ModelConfig, item_counts: Tensor) -> None:
+    def __init__(
+        self, config: Contrastive, model: ModelConfig, item_counts: Tensor, seed: int = 0
+    ) -> None:
         super().__init__()
         self.name = config.name
         self.scale = config.weight
@@ -49,6 +53,9 @@ class ContrastiveObjective(nn.Module):
         share = item_counts.clamp(min=1) / item_counts.sum().clamp(min=1)
         self.log_share: Tensor
         self.register_buffer("log_share", share.log().float(), persistent=False)
+        self.sampler = None
+        if config.negatives is not None:
+            self.sampler = build_sampler(config.negatives, item_counts, seed=seed, name=config.name)
 
     @property
     def temperature(self) -> Tensor:
@@ -106,11 +113,13 @@ class ContrastiveObjective(nn.Module):
         history = window.windows(0 * lengths, (lengths - 1).clamp(min=0))
         last = (window.offsets[1:] - 1).clamp(min=0)
         target = torch.where(has_target, window.values[last], 0) if len(window.values) else 0 * last
-        one_each = torch.arange(rows.num_rows + 1)
-        return Draw(
-            lookups={"history": history, "item": Jagged(target, one_each)},
-            tensors={"has_target": has_target},
-        )
+        lookups = {"history": history, "item": Jagged(target, torch.arange(rows.num_rows + 1))}
+        if self.sampler is not None:
+            # The same on every rank; each looks up its part.
+            drawn = self.sampler.sample_shared(step=rows.noise.step).ids
+            mine = drawn[dist.get_rank() :: dist.get_world_size()]
+            lookups["negatives"] = Jagged(mine, torch.tensor([0, len(mine)]))
+        return Draw(lookups=lookups, tensors={"has_target": has_target})
 
     # --- loss ------------------------------------------------------------------------------
 
@@ -145,19 +154,27 @@ class ContrastiveObjective(nn.Module):
 
     def _pairs_loss(self, backbone: Backbone, drawn: Embedded, keys: RowKeys) -> LossTerm:
         user = backbone.encode_users(keys.users, drawn.vectors["history"], keys.noise)
-        ids = drawn.ids["item"].values
-        item = backbone.encode_items(ids, drawn.vectors["item"].values)
         weight = keys.weight * drawn.tensors["has_target"]
-        # An item is among the negatives as often as its share of the training data says.
-        num_drawn = sum_over_ranks(weight.sum()).clamp(min=1)
-        log_expected_count = self.log_share[ids] + num_drawn.log()
+        num_pairs = sum_over_ranks(weight.sum()).clamp(min=1)
+        parts = [self._items(backbone, drawn, "item")]
+        sources: list[Source] = [InBatch(self.log_share, num_pairs)]
+        if self.sampler is not None:
+            parts.append(self._items(backbone, drawn, "negatives"))
+            sources.append(Sampled(self.sampler))
+        joined = join_keys(parts, sources)
+        assert joined.log_q is not None
+        is_there = F.pad(weight, (0, len(joined.vectors) - len(weight)), value=1.0)
         total = self._infonce(
             self._scaled(user),
-            Keys(self._scaled(item), ids=ids, log_q=log_expected_count + _without_padding(weight)),
+            joined._replace(log_q=joined.log_q + _without_padding(is_there)),
             temperature=self.temperature,
             row_weight=weight,
         )
         return LossTerm(total, weight.sum())
+
+    def _items(self, backbone: Backbone, drawn: Embedded, name: str) -> tuple[Tensor, Tensor]:
+        ids = drawn.ids[name].values
+        return self._scaled(backbone.encode_items(ids, drawn.vectors[name].values)), ids
 
 
 def _without_padding(weight: Tensor) -> Tensor:

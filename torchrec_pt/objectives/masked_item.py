@@ -10,6 +10,7 @@ from torchrec_pt.data.batch import Draw, Embedded, RowKeys, Rows
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.transformer import Transformer
+from torchrec_pt.objectives.item_softmax import CatalogueSoftmax, ItemSoftmax
 from torchrec_pt.objectives.loss_term import LossTerm, with_positions
 from torchrec_pt.objectives.windows import draw_windows
 
@@ -17,12 +18,13 @@ from torchrec_pt.objectives.windows import draw_windows
 class MaskedItemObjective(nn.Module):
     """Each item of a history is hidden with probability `mask_fraction`, at least one a row.
 
-    Full softmax over the catalogue at the hidden positions. Needs bidirectional attention.
+    Softmax over the catalogue, or over sampled items, at the hidden positions. Needs bidirectional
+    attention.
     """
 
-    needs_catalogue = True
-
-    def __init__(self, config: MaskedItem, model: ModelConfig) -> None:
+    def __init__(
+        self, config: MaskedItem, model: ModelConfig, softmax: ItemSoftmax | None = None
+    ) -> None:
         super().__init__()
         model = with_positions(config.name, model)
         if model.attention != "bidirectional":
@@ -36,6 +38,8 @@ class MaskedItemObjective(nn.Module):
         self.mask_fraction = config.mask_fraction
         self.temperature = config.temperature
         self.max_length = model.max_length
+        self.softmax = softmax or CatalogueSoftmax()
+        self.needs_catalogue = self.softmax.needs_catalogue
 
     def draw(self, rows: Rows) -> Draw:
         history = draw_windows(rows, self.max_length, "masked_item.window")
@@ -43,9 +47,11 @@ class MaskedItemObjective(nn.Module):
         lot = rows.noise.per_token("masked_item.mask", row, history.positions)
         lowest = torch.full((rows.num_rows,), torch.inf).scatter_reduce(0, row, lot, "amin")
         is_masked = (lot < self.mask_fraction) | (lot == lowest[row])
+        target = history.values[is_masked]
+        drawn = self.softmax.draw(target, rows, row[is_masked], history.positions[is_masked])
         return Draw(
-            lookups={"history": history},
-            tensors={"is_masked": is_masked, "target": history.values[is_masked]},
+            lookups={"history": history, **drawn.lookups},
+            tensors={"is_masked": is_masked, **drawn.tensors},
         )
 
     def loss(
@@ -56,12 +62,9 @@ class MaskedItemObjective(nn.Module):
         catalogue: Catalogue | None,
     ) -> LossTerm:
         assert isinstance(backbone, Transformer)
-        assert catalogue is not None
-        is_masked, target = drawn.tensors["is_masked"], drawn.tensors["target"]
+        is_masked = drawn.tensors["is_masked"]
         encoded = backbone.encode_positions(
             drawn.vectors["history"], keys.noise, is_masked=is_masked
         )
         query = encoded[is_masked]
-        row_weight = query.new_ones(len(target))
-        total = catalogue.softmax_loss(query, target, row_weight, temperature=self.temperature)
-        return LossTerm(total, row_weight.sum())
+        return self.softmax.loss(query, backbone, drawn, catalogue, self.temperature)

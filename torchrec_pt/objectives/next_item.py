@@ -1,4 +1,4 @@
-"""Next item prediction at every position (SASRec, Kang and McAuley 2018), by full softmax."""
+"""Next item prediction at every position (SASRec, Kang and McAuley 2018), by softmax."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torchrec_pt.data.batch import Draw, Embedded, RowKeys, Rows
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.transformer import Transformer
+from torchrec_pt.objectives.item_softmax import CatalogueSoftmax, ItemSoftmax
 from torchrec_pt.objectives.loss_term import LossTerm, with_positions
 from torchrec_pt.objectives.windows import draw_windows
 
@@ -16,13 +17,13 @@ from torchrec_pt.objectives.windows import draw_windows
 class NextItemObjective(nn.Module):
     """Every item of a history but the first is predicted from those before it.
 
-    Full softmax over the catalogue, as in gSASRec's and RecTools' softmax variants. Needs
-    causal attention.
+    Softmax over the catalogue, as in gSASRec's and RecTools' softmax variants, or over sampled
+    items. Needs causal attention.
     """
 
-    needs_catalogue = True
-
-    def __init__(self, config: NextItem, model: ModelConfig) -> None:
+    def __init__(
+        self, config: NextItem, model: ModelConfig, softmax: ItemSoftmax | None = None
+    ) -> None:
         super().__init__()
         model = with_positions(config.name, model)
         if model.attention != "causal":
@@ -34,14 +35,15 @@ class NextItemObjective(nn.Module):
         self.scale = config.weight
         self.temperature = config.temperature
         self.max_length = model.max_length
+        self.softmax = softmax or CatalogueSoftmax()
+        self.needs_catalogue = self.softmax.needs_catalogue
 
     def draw(self, rows: Rows) -> Draw:
         window = draw_windows(rows, self.max_length + 1, "next_item.window")
         history = window.windows(0 * window.lengths, (window.lengths - 1).clamp(min=0))
-        return Draw(
-            lookups={"history": history},
-            tensors={"target": window.values[window.positions > 0]},
-        )
+        target = window.values[window.positions > 0]
+        drawn = self.softmax.draw(target, rows, history.rows, history.positions)
+        return Draw(lookups={"history": history, **drawn.lookups}, tensors=drawn.tensors)
 
     def loss(
         self,
@@ -51,9 +53,5 @@ class NextItemObjective(nn.Module):
         catalogue: Catalogue | None,
     ) -> LossTerm:
         assert isinstance(backbone, Transformer)
-        assert catalogue is not None
         query = backbone.encode_positions(drawn.vectors["history"], keys.noise)
-        target = drawn.tensors["target"]
-        row_weight = query.new_ones(len(target))
-        total = catalogue.softmax_loss(query, target, row_weight, temperature=self.temperature)
-        return LossTerm(total, row_weight.sum())
+        return self.softmax.loss(query, backbone, drawn, catalogue, self.temperature)

@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchrec_pt import rng
 from torchrec_pt.config import ModelConfig, RankingConfig
 from torchrec_pt.data.batch import Draw, Embedded, RowKeys, Rows
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.objectives.loss_term import LossTerm
+from torchrec_pt.ops import NegativeSampler
 
 
 class RankingTask(nn.Module):
@@ -24,12 +26,17 @@ class RankingTask(nn.Module):
     name = "ranking"
     scale = 1.0
 
-    def __init__(self, config: RankingConfig, model: ModelConfig, num_items: int) -> None:
+    def __init__(
+        self, config: RankingConfig, model: ModelConfig, num_items: int, seed: int = 0
+    ) -> None:
         super().__init__()
         self.config = config
         self.num_items = num_items
         self.max_length = model.history_length
         self.needs_catalogue = config.loss == "softmax"
+        self.sampler = NegativeSampler(
+            num_items, config.num_negatives, seed=rng.key(seed, "ranking.negatives") % 2**32
+        )
 
     def draw(self, rows: Rows) -> Draw:
         copies = self.config.targets_per_user
@@ -49,10 +56,10 @@ class RankingTask(nn.Module):
         if self.config.loss == "softmax":
             return Draw(lookups={"history": history}, tensors=tensors)
 
-        negatives = noise.integers("ranking.negatives", self.config.num_negatives, self.num_items)
-        row = torch.arange(len(cut))
-        taken = histories.rows * self.num_items + histories.values
-        is_allowed = ~torch.isin(row.unsqueeze(1) * self.num_items + negatives, taken)
+        taken = histories.to_sets()
+        has_others = taken.lengths < self.num_items
+        taken = taken.filter(has_others[taken.rows])  # who took everything counts for nothing
+        negatives = self.sampler.sample(noise.rows, step=noise.step, exclude=taken).ids
         one_each = torch.arange(len(cut) + 1)
         return Draw(
             lookups={
@@ -60,7 +67,7 @@ class RankingTask(nn.Module):
                 "target": Jagged(target, one_each),
                 "negatives": Jagged(negatives.flatten(), one_each * self.config.num_negatives),
             },
-            tensors=tensors | {"is_allowed": is_allowed},
+            tensors=tensors | {"weight": tensors["weight"] * has_others},
         )
 
     def loss(
@@ -88,6 +95,5 @@ class RankingTask(nn.Module):
         margin = (user * positive).sum(1, keepdim=True) - torch.einsum(
             "bd,bnd->bn", user, negatives
         )
-        pair_weight = row_weight.unsqueeze(1) * drawn.tensors["is_allowed"]
-        loss = F.softplus(-margin / temperature)
-        return LossTerm((loss * pair_weight).sum(), pair_weight.sum())
+        loss = F.softplus(-margin / temperature).mean(1)
+        return LossTerm((loss * row_weight).sum(), row_weight.sum())
