@@ -24,43 +24,38 @@ constexpr std::int64_t kChunk = 256;
 
 using Words = std::array<std::uint32_t, kChunk>;
 
-// The items that a row must not be given: a hash table with linear probing, so sparse that nearly
-// every other item meets an empty slot at once.
+// The items that a row must not be given: ascending, with a bitmap of their hashes that lets nearly
+// every other item pass.
 class Excluded {
  public:
   // Takes the place of the items before.
   void assign(const std::int64_t* items, std::int64_t size) {
-    is_empty_ = size == 0;
-    if (is_empty_) return;
+    items_ = items;
+    size_ = size;
     const auto width = static_cast<int>(std::bit_width(static_cast<std::uint64_t>(size)));
-    const int log2_slots = std::min(width + 4, 31);
-    shift_ = 32 - log2_slots;
-    slots_.assign(std::size_t{1} << log2_slots, kNone);
+    const int log2_bits = std::min(width + 6, 24);
+    shift_ = 32 - log2_bits;
+    bits_.assign(std::size_t{1} << (log2_bits - 5), 0);
     for (std::int64_t i = 0; i < size; ++i) {
-      const auto item = static_cast<std::uint32_t>(items[i]);
-      slots_[slot_of(item)] = item;
+      const std::uint32_t bit = hash_bit(static_cast<std::uint32_t>(items[i]), shift_);
+      bits_[bit / 32] |= std::uint32_t{1} << bit % 32;
     }
   }
 
-  bool operator()(std::uint32_t item) const { return !is_empty_ && slots_[slot_of(item)] == item; }
-
-  bool is_empty() const { return is_empty_; }
-
- private:
-  static constexpr std::uint32_t kNone = 0xffffffff;  // is no item
-
-  // Where the item is, or the empty slot where it would be.
-  std::uint32_t slot_of(std::uint32_t item) const {
-    const std::uint32_t* slots = slots_.data();
-    const std::uint32_t last = 0xffffffffu >> shift_;
-    std::uint32_t slot = item * 0x9E3779B1u >> shift_;
-    while (slots[slot] != kNone && slots[slot] != item) slot = slot + 1 & last;
-    return slot;
+  bool operator()(std::uint32_t item) const {
+    const std::uint32_t bit = hash_bit(item, shift_);
+    return (bits_[bit / 32] >> bit % 32 & 1) != 0 && contains(items_, size_, item);
   }
 
-  bool is_empty_ = true;
+  bool is_empty() const { return size_ == 0; }
+  const std::uint32_t* bits() const { return bits_.data(); }
+  int shift() const { return shift_; }
+
+ private:
+  const std::int64_t* items_ = nullptr;
+  std::int64_t size_ = 0;
   int shift_ = 31;
-  std::vector<std::uint32_t> slots_;
+  std::vector<std::uint32_t> bits_{0};  // of nothing
 };
 
 class Sampler {
@@ -156,6 +151,12 @@ class Sampler {
     }
     if (!any_refused && excluded.is_empty()) return;
     for (std::int64_t d = 0; d < size; ++d) {
+      const bool starts_group = d % kSuspects == 0 && d + kSuspects <= size;
+      if (starts_group && !any_suspect(distribution_, column_words.data() + d, items + d,
+                                       excluded.bits(), excluded.shift())) {
+        d += kSuspects - 1;
+        continue;
+      }
       const bool is_refused = distribution_.refuses(distribution_.product(column_words[d]));
       if (!is_refused && !excluded(static_cast<std::uint32_t>(items[d]))) continue;
       const Drawn drawn = draw_again(distribution_, place(r, first + d), excluded);

@@ -111,4 +111,19 @@ void to_items(const ItemDistribution& distribution, const std::uint32_t* coins, 
   }
 }
 
+TORCHREC_PT_CLONES bool any_suspect(const ItemDistribution& distribution,
+                                    const std::uint32_t* words, const std::int64_t* items,
+                                    const std::uint32_t* bits, int shift) {
+  const std::uint32_t num_items = distribution.num_items;
+  const std::uint32_t remainder = distribution.remainder;
+  std::uint32_t any = 0;
+#pragma omp simd reduction(| : any)
+  for (std::int64_t i = 0; i < kSuspects; ++i) {
+    const std::uint32_t bit = hash_bit(static_cast<std::uint32_t>(items[i]), shift);
+    any |= words[i] * num_items < remainder;
+    any |= bits[bit / 32] >> bit % 32 & 1;
+  }
+  return any != 0;
+}
+
 }  // namespace torchrec_pt

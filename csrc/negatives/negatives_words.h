@@ -23,4 +23,14 @@ bool to_columns(const ItemDistribution& distribution, const std::uint32_t* words
 void to_items(const ItemDistribution& distribution, const std::uint32_t* coins, std::int64_t size,
               float log_scale, std::int64_t* items, float* log_q);
 
+// Where an item stands in a bitmap of 2^(32 - shift) bits.
+TORCHREC_PT_HOST_DEVICE std::uint32_t hash_bit(std::uint32_t item, int shift) {
+  return item * 0x9E3779B1u >> shift;
+}
+
+// Whether, of so many draws, a word's column is refused or an item may be in the bitmap.
+constexpr std::int64_t kSuspects = 16;
+bool any_suspect(const ItemDistribution& distribution, const std::uint32_t* words,
+                 const std::int64_t* items, const std::uint32_t* bits, int shift);
+
 }  // namespace torchrec_pt
