@@ -183,6 +183,38 @@ def test_pairs_loss_is_corrected_infonce_written_out() -> None:
     assert got.weight == 4
 
 
+def test_mixed_negatives_count_for_the_batch_and_for_what_was_drawn() -> None:
+    torch.manual_seed(0)
+    table, backbone = torch.randn(1000, 16), Transformer(MODEL, 1000)
+    negatives = {"num": 30, "distribution": "uniform"}
+    objective = _objective(pairs="user_item", temperature=0.3, negatives=negatives)
+    rows = rows_of([5, 1, 0, 9])
+    draw = objective.draw(rows)
+    positives, drawn_ids = draw.lookups["item"].values, draw.lookups["negatives"].values
+    assert len(drawn_ids) == 30
+    drawn_ids[3] = positives[0]  # an accidental hit of row 0, and a negative of row 3
+    drawn = embedded(draw, table)
+    got = objective.loss(backbone, drawn, rows, None)
+    user = F.normalize(backbone.encode_users(rows.users, drawn.vectors["history"]), dim=1).double()
+    share = COUNTS.double() / COUNTS.sum()
+    real = [0, 3]
+    ids = torch.cat([positives[real], drawn_ids])
+    logits = user[real] @ F.normalize(table[ids].double(), dim=1).T / 0.3
+    corrected = logits - (2 * share[ids] + 30 / 1000).log()
+    expected = torch.zeros(())
+    for row in range(2):
+        others = corrected[row, ids != ids[row]]
+        positive = logits[row, row]
+        expected = expected + torch.cat([positive[None], others]).logsumexp(0) - positive
+    assert got.total.item() == pytest.approx(expected.item(), rel=1e-5)  # float32
+    assert got.weight == 2
+
+
+def test_views_with_sampled_items_are_refused_by_one_line() -> None:
+    with pytest.raises(ValueError, match="views are set against views"):
+        _objective(pairs="views", negatives={"num": 3})
+
+
 # --- learning -----------------------------------------------------------------------------------
 
 
