@@ -153,21 +153,35 @@ def test_ids_with_exclusions_are_those_of_the_definition(distribution: str) -> N
     assert torch.equal(ids, reference.rows(rows, 50, exclude))
 
 
-def test_the_last_way_out_finds_an_item_that_is_possible() -> None:
-    """All mass but 2^-32 of it is excluded, and the items beside have none."""
-    weights = torch.zeros(6).double()
-    weights[2], weights[4] = 1e12, 1e-9
+def test_columns_that_are_refused_are_drawn_again() -> None:
+    num_items = 1_600_000_000  # 2^32 mod n is a quarter of 2^32
+    ids, _ = build("uniform", num_items, 50).sample(3, step=1)
+    assert torch.equal(ids, Reference(None, num_items, 0, 1).rows(torch.arange(3), 50, None))
+
+
+def test_as_many_coins_as_a_column_has_of_its_own_are_its_own() -> None:
+    """The column of draw 0 has just one coin too few."""
+    ((column_word, *_), (coin, *_)) = (philox((0, 0, 0, stream), (0, 0)) for stream in (0, 1))
+    column = column_word * 2 >> 32
+    for own_coins, item in [(coin, 1 - column), (coin + 1, column)]:
+        as_int32 = own_coins - COINS if own_coins >= COINS // 2 else own_coins
+        columns = torch.tensor([[as_int32, 1, 0, 0], [as_int32, 0, 0, 0]], dtype=torch.int32)
+        args = (torch.tensor([0]), 1, 2, 0, 0, columns, torch.full((2,), COINS), None, None)
+        assert OPS.sample_negatives(*args)[0].item() == item
+
+
+def test_the_last_way_out_goes_up_to_an_item_that_is_possible() -> None:
+    """All mass but two coins is excluded, and the items beside have none."""
+    weights = torch.zeros(9).double()
+    weights[2], weights[[4, 7]] = 1e12, 1e-9
     columns, mass = OPS.alias_table(weights)
-    assert mass[4] == 1
+    assert mass[[4, 7]].tolist() == [1, 1]
     offsets = torch.tensor([0, 1])
-    args = (torch.tensor([0]), 40, 6, 0, 0, columns, mass, torch.tensor([2]), offsets)
+    args = (torch.tensor([0]), 40, 9, 0, 0, columns, mass, torch.tensor([2]), offsets)
     ids, log_q = OPS.sample_negatives(*args)
-    assert ids.unique().tolist() == [4]
-    # With all else excluded the item is certain.
-    torch.testing.assert_close(log_q.exp(), torch.full((1, 40), 40.0))
-    columns_as_words = [[c[0] & WORD, c[1] & WORD] for c in columns.tolist()]
-    reference = Reference(None, 6, 0, 0)
-    reference.columns, reference.mass = columns_as_words, mass.tolist()
+    assert ids.unique().tolist() == [4, 7]
+    torch.testing.assert_close(log_q.exp(), torch.full((1, 40), 20.0))
+    reference = Reference(weights, 9, 0, 0)
     assert ids[0].tolist() == [reference.draw(0, draw, {2}) for draw in range(40)]
 
 

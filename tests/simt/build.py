@@ -67,6 +67,7 @@ def build_shared_library(
     host_sources: Sequence[Path] = (),
     include_dirs: Sequence[Path | str] = (),
     flags: Sequence[str] = (),
+    device_flags: Sequence[str] = (),
     link_flags: Sequence[str] = (),
 ) -> Path:
     """Build a shared library of device code, host code and the executor.
@@ -76,13 +77,14 @@ def build_shared_library(
         host_sources: not watched; these may include torch.
         include_dirs: besides csrc and tests, for all sources.
         flags: for device and host sources, after all others.
+        device_flags: for device sources, after these.
         link_flags: at the end of the link command (-L, -l, -Wl,-rpath).
     Returns:
         The library; the same path as long as nothing that goes into it changes.
     Raises:
         RuntimeError: the compiler's complaint.
     """
-    units = _units(device_sources, host_sources, flavour, include_dirs, flags)
+    units = _units(device_sources, host_sources, flavour, include_dirs, flags, device_flags)
     link = ("-shared", "-Wl,-Bsymbolic", "-Wl,--no-undefined-version", *LINK_FLAGS[flavour])
     return _build(f"{name}-{flavour}", ".so", units, (*link, *link_flags))
 
@@ -96,7 +98,7 @@ def build_program(
     flags: Sequence[str] = (),
 ) -> Path:
     """Build an executable instead; one of the sources holds main()."""
-    units = _units(device_sources, host_sources, flavour, (), flags)
+    units = _units(device_sources, host_sources, flavour, (), flags, ())
     # -rdynamic: the executor looks up the names of kernels.
     return _build(f"{name}-{flavour}", "", units, ("-rdynamic", *LINK_FLAGS[flavour]))
 
@@ -123,10 +125,11 @@ def _units(
     flavour: Flavour,
     include_dirs: Sequence[Path | str],
     flags: Sequence[str],
+    device_flags: Sequence[str],
 ) -> list[_Unit]:
     includes = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", *(f"-I{at}" for at in include_dirs))
     executor = (*COMMON_FLAGS, *EXECUTOR_FLAGS, *EXECUTOR_DEFINES[flavour], *includes[:2])
-    device = (*COMMON_FLAGS, *DEVICE_FLAGS, *WATCH_FLAGS[flavour], *includes, *flags)
+    device = (*COMMON_FLAGS, *DEVICE_FLAGS, *WATCH_FLAGS[flavour], *includes, *flags, *device_flags)
     host = (*COMMON_FLAGS, *HOST_FLAGS, *includes, *flags)
     return [
         *(_Unit(source, executor) for source in EXECUTOR_SOURCES),

@@ -24,7 +24,7 @@ def build(
     flavour: Flavour,
     *,
     sources: Sequence[Path] | None = None,
-    flags: Sequence[str] = (),
+    device_flags: Sequence[str] = (),
 ) -> Path:
     """Of the operator's own device sources, or of others in their place."""
     folder = ROOT / "csrc" / operator
@@ -34,7 +34,8 @@ def build(
         flavour=flavour,
         host_sources=sorted([*folder.glob("*_cuda.cpp"), *folder.glob("*_check.cpp")]),
         include_dirs=[TORCH / "include", TORCH / "include/torch/csrc/api/include"],
-        flags=["-DTORCHREC_PT_SIMT", *flags],
+        flags=["-DTORCHREC_PT_SIMT"],
+        device_flags=device_flags,
         link_flags=[f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"],
     )
 

@@ -4,7 +4,7 @@
         pytest -p tests.simt.run_on_executor tests/ops/test_infonce.py
 
 SIMT_OPERATORS names folders of csrc, with commas; without it, all that have kernels.
-SIMT_LIBRARY names one of infonce that is built already (test_infonce_mutations.py).
+SIMT_LIBRARY names a library of theirs that is built already (mutations.py).
 Tests marked `cpu_only` say something of the CPU kernels alone and are left out.
 """
 
@@ -23,12 +23,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
     flavour = os.environ.get("SIMT_FLAVOUR", "races")
     assert flavour in ("races", "sanitized")
+    named = os.environ.get("SIMT_OPERATORS")
+    operators = named.split(",") if named else operator_library.OPERATORS
     if library := os.environ.get("SIMT_LIBRARY"):
         operator_library.load(Path(library))
-        operators = ["infonce"]
     else:
-        named = os.environ.get("SIMT_OPERATORS")
-        operators = named.split(",") if named else operator_library.OPERATORS
         for operator in operators:
             operator_library.load(operator_library.build(operator, flavour))
     if "infonce" in operators:

@@ -1,33 +1,18 @@
-"""Faults planted in the CUDA sources of infonce, each of which a test of the operator must notice.
-
-Of the kernels only those for D <= 64 are compiled, and without optimization for speed, so that a
-mutant takes seconds. A mutated source is whole, its headers pasted in: nothing of csrc is touched.
-"""
+"""Faults planted in the CUDA sources of infonce, compiled for D <= 64 alone."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.simt import operator_library
-from tests.simt.build import COMPILER, ROOT
+from tests.simt.build import COMPILER
+from tests.simt.mutations import Edit, assert_noticed, assert_pass, run_tests
 
 pytestmark = [pytest.mark.soak, pytest.mark.skipif(COMPILER is None, reason="no g++")]
 
-DEVICE, TILE = "infonce_device.h", "infonce_tile.cuh"
+TILE = "infonce_tile.cuh"
 FORWARD, BACKWARD = "infonce_forward.cu", "infonce_backward.cu"
-
-
-@dataclass(frozen=True)
-class Edit:
-    file: str
-    old: str
-    new: str
 
 
 # One kDim, and no kind of numbers twice.
@@ -167,49 +152,11 @@ MUTATIONS = {
 }
 
 
-def sources_with(edits: tuple[Edit, ...], folder: Path) -> list[Path]:
-    """The kernels' sources after the edits, their own headers pasted in."""
-    texts = {
-        name: (ROOT / "csrc/infonce" / name).read_text()
-        for name in (DEVICE, TILE, FORWARD, BACKWARD)
-    }
-    for edit in edits:
-        assert edit.old in texts[edit.file], f"{edit.file}: nothing to replace, {edit.old!r}"
-        texts[edit.file] = texts[edit.file].replace(edit.old, edit.new)
-    for header in (TILE, DEVICE):
-        pasted = texts[header].replace("#pragma once\n", "")
-        for name in (FORWARD, BACKWARD):
-            texts[name] = texts[name].replace(f'#include "infonce/{header}"\n', pasted)
-    for name in (FORWARD, BACKWARD):
-        (folder / name).write_text(texts[name])
-    return [folder / name for name in (FORWARD, BACKWARD)]
-
-
-def run_tests(edits: tuple[Edit, ...], folder: Path) -> subprocess.CompletedProcess[str]:
-    library = operator_library.build(
-        "infonce", "races", sources=sources_with((*RESTRICTIONS, *edits), folder), flags=["-O1"]
-    )
-    environment = os.environ | {"SIMT_LIBRARY": str(library), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.simt.run_on_executor"]
-    command += [
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        TESTS,
-        *map(str, ROOT.glob("tests/ops/test_infonce*.py")),
-    ]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-
-
 def test_the_sources_without_a_fault_pass(tmp_path: Path) -> None:
-    done = run_tests((), tmp_path)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
+    assert_pass(run_tests("infonce", RESTRICTIONS, tmp_path, chosen=TESTS))
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_planted_fault_is_noticed(mutation: str, tmp_path: Path) -> None:
-    done = run_tests((MUTATIONS[mutation],), tmp_path)
-    # 1: tests failed. A fault may also take the process with it (negative: by a signal).
-    assert done.returncode == 1 or done.returncode < 0, done.stdout[-8000:] + done.stderr[-8000:]
+    edits = (*RESTRICTIONS, MUTATIONS[mutation])
+    assert_noticed(run_tests("infonce", edits, tmp_path, chosen=TESTS))
