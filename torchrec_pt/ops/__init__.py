@@ -11,6 +11,7 @@ except ImportError as error:
 
 from torchrec_pt.ops.infonce import infonce_logsumexp, infonce_loss
 from torchrec_pt.ops.negatives import NegativeSampler, SampledNegatives
+from torchrec_pt.ops.sampled_softmax import sampled_softmax_loss
 
 build_info = _C.build_info
 
@@ -20,4 +21,5 @@ __all__ = [
     "build_info",
     "infonce_logsumexp",
     "infonce_loss",
+    "sampled_softmax_loss",
 ]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-Reduction = Literal["none", "mean", "sum"]
+from torchrec_pt.ops.reduction import (
+    Reduction,
+    check_reduction,
+    reduce_rows,
+    refuse_second_derivative,
+    result_dtype,
+    total_weight,
+    without_second_derivative,
+)
 
 
 def infonce_loss(
@@ -61,17 +69,12 @@ def infonce_loss(
         ValueError: shapes, dtypes or devices do not fit, a target is outside [0, N), or
             symmetric is given a target.
     """
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f'infonce: reduction must be "none", "mean" or "sum", got "{reduction}"')
     num_rows = query.shape[0]
-    if row_weight is not None and row_weight.shape != (num_rows,):
-        raise ValueError(
-            f"infonce: row_weight must have shape ({num_rows},), got {tuple(row_weight.shape)}"
-        )
+    check_reduction("infonce", reduction, row_weight, num_rows)
     if symmetric and target is not None:
         raise ValueError("infonce: symmetric takes no target, key i belongs to query i; leave it")
     if row_weight is not None:
-        row_weight = row_weight.to(_result_dtype(query))
+        row_weight = row_weight.to(result_dtype(query))
     if target is None and not symmetric:
         target = torch.arange(num_rows, device=query.device)
     options = (
@@ -94,12 +97,7 @@ def infonce_loss(
             return _sum(problem, row_weight, reduction)
         lse, positive, _, _ = torch.ops.torchrec_pt.infonce_forward(*problem)
         loss = lse - positive
-    if row_weight is not None:
-        loss = torch.where(row_weight == 0, 0, loss) * row_weight
-    if reduction == "none":
-        return loss
-    total = max(num_rows, 1) if row_weight is None else _total_weight(row_weight)
-    return loss.sum() if reduction == "sum" else loss.sum() / total
+    return reduce_rows(loss, row_weight, reduction)
 
 
 def _sum(
@@ -110,8 +108,8 @@ def _sum(
     assert query is not None
     weight = row_weight
     if weight is None:
-        weight = query.new_ones(query.shape[0], dtype=_result_dtype(query))
-    coefficient = weight / _total_weight(weight) if reduction == "mean" else weight
+        weight = query.new_ones(query.shape[0], dtype=result_dtype(query))
+    coefficient = weight / total_weight(weight) if reduction == "mean" else weight
     total, *_ = torch.ops.torchrec_pt.infonce_sum(coefficient, *problem)
     return total
 
@@ -132,11 +130,6 @@ def _is_worth_summing(problem: tuple[Tensor | None, ...], row_weight: Tensor | N
         and keys.shape[0] <= _MOST_KEYS_TO_SUM
         and not query.is_cuda
     )
-
-
-def _total_weight(weight: Tensor) -> Tensor:
-    total = weight.sum()
-    return torch.where(total == 0, 1, total)
 
 
 def infonce_logsumexp(
@@ -188,13 +181,9 @@ def _key_query_ids(
 # --- what torch.compile and autograd need -------------------------------------------------------
 
 
-def _result_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
 @torch.library.register_fake("torchrec_pt::infonce_forward")
 def _fake_forward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row = query.new_empty((query.shape[0],), dtype=_result_dtype(query))
+    row = query.new_empty((query.shape[0],), dtype=result_dtype(query))
     return row, torch.empty_like(row), torch.empty_like(row), torch.empty_like(row)
 
 
@@ -243,7 +232,7 @@ def _backward(
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise NotImplementedError("infonce: there is no second derivative (double backward)")
+    refuse_second_derivative("infonce")
 
 
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -320,7 +309,7 @@ torch.library.register_autograd(
 def _fake_sum(
     coefficient: Tensor, query: Tensor, keys: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    total = query.new_empty((), dtype=_result_dtype(query))
+    total = query.new_empty((), dtype=result_dtype(query))
     num_biases = 0 if rest[-1] is None else keys.shape[0]
     return (
         total,
@@ -351,23 +340,8 @@ def _scale_gradients(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | No
         None if kind is None else (grad_total * gradient).to(dtype=kind[0], device=kind[1])
         for gradient, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)
     ]
-    if torch.is_grad_enabled():  # create_graph=True
-        anchor = torch.ones((), requires_grad=True)
-        scaled = [None if g is None else _NoSecondDerivative.apply(g, anchor) for g in scaled]
-    query, keys, temperature, key_bias = scaled
+    query, keys, temperature, key_bias = without_second_derivative("infonce", scaled)
     return (None, query, keys, None, temperature, *(None,) * 6, key_bias)
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Passes a gradient on, and refuses its own; `anchor` requires one, so that it is asked."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        _refuse_double_backward(ctx)
 
 
 torch.library.register_autograd(

@@ -76,3 +76,38 @@ def infonce_symmetric_rows(
     logits = infonce_logits(query, keys, target, **of_columns)[:, :num_rows]  # type: ignore[arg-type]
     columns = logits.masked_fill(is_dead[:, None], -torch.inf).logsumexp(0) - logits.diagonal()
     return ((rows + columns) / 2).masked_fill(is_dead, 0)
+
+
+def sampled_softmax_logits(
+    query: Tensor,
+    table: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    log_q_positive: Tensor | None = None,
+    log_q_negatives: Tensor | None = None,
+) -> Tensor:
+    """(B, 1 + M) float64: the positive's logit, then the negatives', -inf where left out."""
+    negatives = negatives.expand(query.shape[0], -1)
+    ids = torch.cat((positive[:, None], negatives), 1)
+    logits = torch.einsum("bd,bjd->bj", query.double(), table.double()[ids]) / temperature
+    of_positive, of_negatives = logits[:, :1], logits[:, 1:]
+    if log_q_positive is not None:
+        of_positive = of_positive - log_q_positive.double()[:, None]
+    if log_q_negatives is not None:
+        of_negatives = of_negatives - log_q_negatives.double()
+    of_negatives = of_negatives.masked_fill(negatives == positive[:, None], -torch.inf)
+    return torch.cat((of_positive, of_negatives), 1)
+
+
+def sampled_softmax_loss_rows(
+    query: Tensor,
+    table: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    **options: Tensor | float | None,
+) -> Tensor:
+    """(B,) float64: logsumexp_j s_j − s_0, the losses before weights and reduction."""
+    logits = sampled_softmax_logits(query, table, positive, negatives, **options)  # type: ignore[arg-type]
+    return logits.logsumexp(1) - logits[:, 0]
