@@ -18,29 +18,21 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from pathlib import Path
 
 import numpy as np
 import torch
+from conditions import build_parser, conditions, default_out, write_json
 from infonce_accuracy import Errors, measure_errors
 from infonce_bars import BarSizes, MemoryRow, Results, Row, compute_bars
 from infonce_losses import CONTESTANTS, PRODUCTS, Contestant, Problem, best_products, build_problem
 from infonce_memory import peak_memory
 from infonce_report import print_tables, save_plot
+from measuring import elapsed_ms, quantiles, take_turns
 from rich.console import Console
 
-from torchrec_pt.ops import build_info
-
-ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("one-direction", "symmetric", "forward", "memory", "scaling")
 ERROR_ROWS = 2048
 HUGE = 16384
@@ -81,38 +73,10 @@ def quick_plan(rounds: int, device: str) -> Plan:
 # --- measuring ----------------------------------------------------------------------------------
 
 
-def elapsed_ms(step: Callable[[], object], device: str) -> float:
-    """CPU time per thread, or the device's."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
-    before = time.process_time()
-    step()
-    return (time.process_time() - before) * 1000 / torch.get_num_threads()
-
-
 def num_rounds(what: str, num_rows: int, rounds: int) -> int:
     if num_rows >= HUGE:
         return min(rounds, 2 if what in SLOW else 5)
     return rounds if num_rows > 2048 else 3 * rounds
-
-
-def take_turns(
-    steps: dict[str, Callable[[], object]], rounds: dict[str, int], device: str
-) -> dict[str, list[float]]:
-    """Milliseconds of each step; those with fewer rounds leave the last ones out."""
-    names = list(steps)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(max(rounds.values())):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            if index < rounds[name]:
-                times[name].append(elapsed_ms(steps[name], device))
-    return times
 
 
 class Bench:
@@ -218,7 +182,7 @@ def _row(
     errors: Errors | None,
     block: int,
 ) -> Row:
-    p20, p50, p80 = (round(float(q), 3) for q in np.quantile(times, (0.2, 0.5, 0.8)))
+    p20, p50, p80 = quantiles(times)
     return Row(
         section=section,
         n=size[0],
@@ -238,47 +202,12 @@ def _row(
 # --- the result ---------------------------------------------------------------------------------
 
 
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        lines = cpu_info.read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        model = names[0] if names else model
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{model}, {os.cpu_count()} cores, {platform.machine()} {capability}"
-
-
-def conditions(device: str) -> dict[str, object]:
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": subprocess.check_output(describe, cwd=ROOT, text=True).strip(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(device),
-        "load_before": [round(load, 2) for load in os.getloadavg()],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "build": build_info(),
-    }
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5, help="3 x as many up to N = 2048")
+    parser = build_parser(__doc__, SECTIONS, rounds_help="3 x as many up to N = 2048")
     parser.add_argument("--sizes", type=parse_sizes, help="such as 2048x64,8192x128")
-    parser.add_argument("--only", choices=SECTIONS)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to try the code")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="the result's path without .json and .png")
     arguments = parser.parse_args()
     if arguments.out is None and not (arguments.quick or arguments.only or arguments.sizes):
-        arguments.out = ROOT / "benchmarks/results/infonce"
+        arguments.out = default_out("infonce")
     return arguments
 
 
@@ -311,8 +240,7 @@ def main() -> None:
     print_tables(console, results, bars)
     if arguments.out is None:
         return
-    result = header | {
-        "load_after": [round(load, 2) for load in os.getloadavg()],
+    found = {
         "errors_at_n": ERROR_ROWS,
         "skipped": bench.skipped,
         "bars": [asdict(bar) for bar in bars],
@@ -320,7 +248,7 @@ def main() -> None:
         "rows": [asdict(row) for row in results.rows],
         "memory": [asdict(row) for row in results.memory],
     }
-    arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(arguments.out, header, found)
     title = f"infonce on {header['machine']}, {header['threads']} thread(s)"
     save_plot(arguments.out.with_suffix(".png"), results, title)
 

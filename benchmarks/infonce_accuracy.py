@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from infonce_losses import TEMPERATURE, Contestant, Problem
+from measuring import relative_error
 from torch import Tensor
 
 from torchrec_pt.ops.reference import infonce_loss_rows
@@ -28,20 +29,16 @@ def measure_errors(contestant: Contestant, problem: Problem, section: str) -> Er
     leaves = contestant.leaves(problem)
     right_loss, right_gradients = _reference(leaves, problem, section)
     if section == "forward":
-        return Errors(_relative(contestant.forward(problem), right_loss), None)
+        return Errors(relative_error(contestant.forward(problem), right_loss), None)
     loss = contestant.loss(problem)
     gradients = torch.autograd.grad(loss, tuple(leaves.values()))
     return Errors(
-        _relative(loss, right_loss),
+        relative_error(loss, right_loss),
         max(
-            _relative(gradient, right)
+            relative_error(gradient, right)
             for gradient, right in zip(gradients, right_gradients, strict=True)
         ),
     )
-
-
-def _relative(value: Tensor, right: Tensor) -> float:
-    return float((value.detach().double().cpu() - right).abs().max() / right.abs().max())
 
 
 def _reference(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from bars import Bar, Found, at_least, at_most
 
 
 @dataclass(frozen=True)
@@ -86,38 +87,12 @@ def _line(points: list[tuple[int, int, float]]) -> Line:
 
 
 @dataclass(frozen=True)
-class Bar:
-    text: str
-    bound: str
-    measured: float | None  # the worst of all sizes; None where a contestant did not run
-    where: str
-    met: bool | None
-
-
-@dataclass(frozen=True)
 class BarSizes:
     """Where the bars stand."""
 
     products: tuple[int, int] = (8192, 128)
     memory: tuple[int, int] = (16384, 128)
     large: int = 8192  # the least N where the symmetric loss is compared to the others
-
-
-Found = list[tuple[float, str]]  # value, where
-
-
-def _at_most(text: str, bound: float, found: Found) -> Bar:
-    if not found:
-        return Bar(text, f"<= {bound:g}", None, "", None)
-    value, where = max(found)
-    return Bar(text, f"<= {bound:g}", value, where, value <= bound)
-
-
-def _at_least(text: str, bound: float, found: Found) -> Bar:
-    if not found:
-        return Bar(text, f">= {bound:g}", None, "", None)
-    value, where = min(found)
-    return Bar(text, f">= {bound:g}", value, where, value >= bound)
 
 
 def compute_bars(results: Results, sizes: BarSizes) -> list[Bar]:
@@ -133,13 +108,13 @@ def compute_bars(results: Results, sizes: BarSizes) -> list[Bar]:
 def _one_direction_bars(results: Results, sizes: BarSizes) -> Iterator[Bar]:
     ratios = _ratios(results, "one-direction")
     for peer in ("linear_cross_entropy", "eager", "torch.compile"):
-        yield _at_most(f"one direction: ours / {peer}, every N and D", 1.05, ratios("ours", peer))
-    yield _at_most(
+        yield at_most(f"one direction: ours / {peer}, every N and D", 1.05, ratios("ours", peer))
+    yield at_most(
         f"one direction: ours / its three products, {_name(sizes.products)}",
         1.15,
         ratios("ours", "products", lambda n, d: (n, d) == sizes.products),
     )
-    yield _at_most(
+    yield at_most(
         "one direction: ours with every option / ours, every N and D",
         1.25,
         ratios("ours, every option", "ours"),
@@ -153,13 +128,13 @@ def _symmetric_bars(results: Results, sizes: BarSizes) -> Iterator[Bar]:
         return n >= sizes.large and d <= 128
 
     where = f"every N >= {sizes.large}, D <= 128"
-    yield _at_most(
+    yield at_most(
         f"symmetric: ours / its four products, {_name(sizes.products)}",
         1.2,
         ratios("ours", "products", lambda n, d: (n, d) == sizes.products),
     )
-    yield _at_least(f"symmetric: eager / ours, {where}", 2, ratios("eager", "ours", is_large))
-    yield _at_least(
+    yield at_least(f"symmetric: eager / ours, {where}", 2, ratios("eager", "ours", is_large))
+    yield at_least(
         f"symmetric: two linear_cross_entropy / ours, {where}",
         1.4,
         ratios("linear_cross_entropy", "ours", is_large),
@@ -174,7 +149,7 @@ def _memory_bars(results: Results, sizes: BarSizes) -> Iterator[Bar]:
             if (row.section, row.what, (row.n, row.d)) == (direction, "ours", sizes.memory)
         ]
         text = f"{direction}: MiB beyond inputs and gradients, {_name(sizes.memory)}"
-        yield _at_most(text, 32, found)
+        yield at_most(text, 32, found)
 
 
 def _error_bars(results: Results) -> Iterator[Bar]:
@@ -182,7 +157,7 @@ def _error_bars(results: Results) -> Iterator[Bar]:
     for name, bound in (("loss", 1e-5), ("gradient", 1e-4)):
         values = [(getattr(row, f"{name}_error"), row) for row in ours]
         found = [(v, f"{row.section}, {row.what}, D {row.d}") for v, row in values if v is not None]
-        yield _at_most(f"relative error of our {name}", bound, found)
+        yield at_most(f"relative error of our {name}", bound, found)
 
 
 def _scaling_bars(results: Results) -> Iterator[Bar]:
@@ -195,7 +170,7 @@ def _scaling_bars(results: Results) -> Iterator[Bar]:
         "memory in D": 1.1,
     }.items():
         found = [(exponents[name], "")] if name in exponents else []
-        yield _at_most(f"exponent of our {name}", bound, found)
+        yield at_most(f"exponent of our {name}", bound, found)
 
 
 def _ratios(results: Results, section: str) -> Callable[..., Found]:

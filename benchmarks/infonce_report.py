@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from infonce_bars import Bar, Results
+from bars import Bar, bar_table
+from infonce_bars import Results
 from rich.console import Console
 from rich.table import Table
+from tables import build_table, error_cell, name_axes
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -29,19 +31,12 @@ def print_tables(console: Console, results: Results, bars: list[Bar]) -> None:
         console.print(_time_table(section, results))
     if results.memory:
         console.print(_memory_table(results))
-    console.print(_bar_table(bars))
-
-
-def _table(title: str, *columns: str, text_columns: tuple[str, ...]) -> Table:
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column, justify="left" if column in text_columns else "right")
-    return table
+    console.print(bar_table(bars))
 
 
 def _time_table(section: str, results: Results) -> Table:
     columns = ("N", "D", "what", "rounds", "p20 ms", "p50 ms", "p80 ms", "ratio")
-    table = _table(section, *columns, "loss err", "grad err", text_columns=("what",))
+    table = build_table(section, *columns, "loss err", "grad err", text_columns=("what",))
     last = None
     for row in results.rows:
         if row.section != section:
@@ -51,32 +46,18 @@ def _time_table(section: str, results: Results) -> Table:
         last = (row.n, row.d)
         what = row.what if row.block is None else f"{row.what}, block {row.block}"
         times = [f"{time:.1f}" for time in (row.p20_ms, row.p50_ms, row.p80_ms)]
-        errors = [_error(row.loss_error), _error(row.gradient_error)]
+        errors = [error_cell(row.loss_error), error_cell(row.gradient_error)]
         cells = (row.n, row.d, what, row.rounds, *times, f"{row.ratio:.2f}", *errors)
         table.add_row(*map(str, cells))
     return table
 
 
-def _error(value: float | None) -> str:
-    return "" if value is None else f"{value:.0e}"
-
-
 def _memory_table(results: Results) -> Table:
     columns = ("section", "N", "D", "what", "extra MiB", "total MiB")
-    table = _table("memory", *columns, text_columns=("section", "what"))
+    table = build_table("memory", *columns, text_columns=("section", "what"))
     for row in results.memory:
         sizes = (f"{row.extra_mib:.1f}", f"{row.total_mib:.1f}")
         table.add_row(row.section, str(row.n), str(row.d), row.what, *sizes)
-    return table
-
-
-def _bar_table(bars: list[Bar]) -> Table:
-    columns = ("bar", "bound", "measured", "at", "")
-    table = _table("bars", *columns, text_columns=("bar", "at", ""))
-    marks = {True: "[green]met", False: "[red]missed", None: "not measured"}
-    for bar in bars:
-        measured = "" if bar.measured is None else f"{bar.measured:.3g}"
-        table.add_row(bar.text, bar.bound, measured, bar.where, marks[bar.met])
     return table
 
 
@@ -113,7 +94,9 @@ def _plot_times(axis: Any, results: Results, section: str, against: str) -> None
     for what, points in lines.items():
         style = "--" if what == "products" else "-"
         axis.loglog(*zip(*points, strict=True), style, marker="o", label=what, color=COLORS[what])
-    _name_axes(axis, f"{section}, {'DN'[side]} = {held}", against, sorted({s[side] for s in times}))
+    name_axes(
+        axis, f"{section}, {'DN'[side]} = {held}", against, "ms", sorted({s[side] for s in times})
+    )
 
 
 def _plot_growth(axis: Any, results: Results) -> None:
@@ -129,8 +112,7 @@ def _plot_growth(axis: Any, results: Results) -> None:
         label = f"{name}: exponent {exponents[name]:.2f}"
         points = [v / x[0] for v in x], [v / y[0] for v in y]
         axis.loglog(*points, style, marker="o", color=color, label=label)
-    _name_axes(axis, "growth of ours", "growth of N or D", [1, 2, 4, 8])
-    axis.set_ylabel("growth of time or memory")
+    name_axes(axis, "growth of ours", "growth of N or D", "growth of time or memory", [1, 2, 4, 8])
 
 
 def _plot_memory(axis: Any, results: Results) -> None:
@@ -148,13 +130,3 @@ def _plot_memory(axis: Any, results: Results) -> None:
     axis.invert_yaxis()
     axis.tick_params(axis="y", labelsize=7)
     axis.set_title(f"MiB beyond inputs and gradients, N = {rows[0].n}, D = {rows[0].d}")
-
-
-def _name_axes(axis: Any, title: str, x_name: str, ticks: list[int]) -> None:
-    axis.set_title(title)
-    axis.set_xlabel(x_name)
-    axis.set_ylabel("ms")
-    axis.set_xticks(ticks, map(str, ticks))
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
