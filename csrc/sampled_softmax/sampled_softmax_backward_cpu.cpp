@@ -2,8 +2,8 @@
 //
 // The B (M + 1) pairs of an item and a row of the batch are sorted by item, 8 bytes each; then each
 // item's row is the sum of coefficient q_b over its pairs, in the order of the batch. A thread
-// takes a range of the sorted pairs, an item belongs to the thread that has its first pair: the
-// bits are the same for any number of threads.
+// takes a range of the sorted pairs and every item whose first pair lies there: the bits are the
+// same for any number of threads.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
@@ -16,6 +16,8 @@
 #include <limits>
 #include <memory>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "sampled_softmax/sampled_softmax.h"
@@ -106,7 +108,7 @@ ItemRanges ranges_of(const SortedPairs& pairs) {
   return {std::move(ranges), num_items};
 }
 
-// Each pair's share of its item's gradient: coefficient query. The inputs must outlive it.
+// Each pair's share of its item's gradient: coefficient query.
 template <typename T>
 class Shares {
  public:

@@ -21,6 +21,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/simd.h"
 #include "sampled_softmax/sampled_softmax.h"
 #include "sampled_softmax/sampled_softmax_rows.h"
 
@@ -44,7 +45,8 @@ class Table {
         row_stride_(table.stride(0)),
         column_stride_(table.stride(1)) {}
 
-  void prefetch(int64_t id) const {
+  // GCC takes a function that only prefetches for one that does nothing, and drops its calls.
+  TORCHREC_PT_INLINE void prefetch(int64_t id) const {
     const auto* row = reinterpret_cast<const char*>(values_ + id * row_stride_);
     for (int64_t at = 0; at < dim * int64_t{sizeof(Stored)}; at += kLineBytes) {
       __builtin_prefetch(row + at);
@@ -146,32 +148,37 @@ class Visitor {
     if (outputs_.with_gradients) std::fill_n(direction(row), table_.dim, T(0));
   }
 
-  // The negative that is kAhead after this one.
-  void prefetch(int64_t row, int64_t m) const {
-    m += kAhead;
-    while (m >= num_negatives_ && row < end_) ++row, m -= num_negatives_;
-    if (row < end_) table_.prefetch(negatives_(row, m));
+  // Asks for the negatives that are kAhead after these.
+  TORCHREC_PT_INLINE void prefetch(int64_t row, int64_t first, int64_t num) const {
+    row += (first + kAhead) / num_negatives_;
+    int64_t m = (first + kAhead) % num_negatives_;
+    for (int64_t i = 0; i < num && row < end_; ++i) {
+      table_.prefetch(negatives_(row, m));
+      if (++m == num_negatives_) ++row, m = 0;
+    }
   }
 
-  // A negative's row and what is added to its logit. One that is masked reads the positive's row,
-  // so that what its own holds does not matter.
-  void gather(int64_t row, int64_t m, int64_t j) {
+  // The rows of negatives, from place j of the block on, and what is added to their logits. One
+  // that is masked reads the positive's row, so that what its own holds does not matter.
+  void gather(int64_t row, int64_t first, int64_t num, int64_t j) {
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
-    const int64_t id = negatives_(row, m);
-    const T log_q = log_q_negatives_ ? (*log_q_negatives_)(row, m) : 0;
-    const bool is_masked = id == positive_(row) || log_q == kInfinity;
-    rows_[j] = is_masked ? positive_row_ : table_.row(id, copies_.data() + j * table_.dim);
-    shift_[j] = is_masked ? -kInfinity : -log_q;
+    const int64_t positive = positive_(row);
+    for (int64_t i = 0; i < num; ++i) {
+      const int64_t id = negatives_(row, first + i);
+      const T log_q = log_q_negatives_ ? (*log_q_negatives_)(row, first + i) : 0;
+      const bool is_masked = id == positive || log_q == kInfinity;
+      T* const copy = copies_.data() + (j + i) * table_.dim;
+      rows_[j + i] = is_masked ? positive_row_ : table_.row(id, copy);
+      shift_[j + i] = is_masked ? -kInfinity : -log_q;
+    }
   }
 
   void add_block(int64_t row, int64_t first, int64_t num) {
     T* s = outputs_.with_gradients ? p(row) + first : logits_;
     for (int64_t j = 0; j < num; j += kGroup) {
       const int64_t size = std::min(kGroup, num - j);
-      for (int64_t i = j; i < j + size; ++i) {
-        prefetch(row, first + i);
-        gather(row, first + i, i);
-      }
+      prefetch(row, first + j, size);
+      gather(row, first + j, size, j);
       dots(query(row), rows_ + j, size, table_.dim, s + j);
     }
     const T highest = logits(s, shift_, num, inverse_tau_, highest_);

@@ -51,8 +51,9 @@ def sampled_softmax_loss(
         row_weight: (B,); a row of weight 0 gives 0 and no gradient, whatever it holds.
         reduction: "none" gives (B,), "sum" Σ w·loss, "mean" that over Σ w (0 where Σ w = 0).
         sparse: the gradient of the table is a coalesced sparse tensor with a row for each id
-            that positive and negatives name, zeros among them; else it is dense, as a table
-            that is not a leaf needs.
+            that positive and negatives name, zeros among them (where `.backward()` keeps it in
+            table.grad, torch drops the mark that it is coalesced); else it is dense, as a
+            table that is not a leaf needs.
     Returns:
         float32 (float64 for float64 inputs). There is no second derivative.
     Raises:
