@@ -151,7 +151,7 @@ def _closed_form(problem: Problem) -> Sampling:
         uniform = torch.rand(shape, dtype=torch.float64, device=problem.device)
         return uniform.mul_(scale).exp_().long().sub_(1)
 
-    return Sampling(draw, problem.num_draws)
+    return Sampling(draw, problem.num_draws, is_serial=False)
 
 
 # --- others, one set of distinct items for all rows ---------------------------------------------

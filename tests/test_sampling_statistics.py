@@ -1,8 +1,9 @@
 """What the sampler's draws are distributed like, and what the corrections make of them.
 
-Every test knows what would fail it: the same statistic is shown to reject a wrong hypothesis.
-Seeds are fixed, so a test passes always or never; bounds lie where a right sampler fails once in a
-million seeds.
+Each statistic is shown to reject a wrong hypothesis: another distribution, another exponent, a
+sequence beside itself, draws without their correction. Seeds are fixed, so a test passes always or
+never; BOUND is where a right sampler's statistic lies once in a million seeds (once in a hundred
+thousand where the pairs of a lag overlap).
 """
 
 from __future__ import annotations
@@ -83,6 +84,28 @@ def test_draws_with_exclusions_follow_the_distribution_of_the_rest(distribution:
     share = probabilities(distribution)[is_left]
     place = is_left.cumsum(0) - 1
     assert abs(z_of(place[ids], share / share.sum())) < BOUND
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_what_hardly_anything_is_left_of_is_drawn_as_it_should(distribution: str) -> None:
+    """All but five unlike items, with gaps unlike, of 5000; half of the draws find them by mass."""
+    num_items, left = 5000, torch.tensor([990, 991, 1100, 4000, 4999])
+    counts = 1e7 / torch.arange(1, num_items + 1).double() ** 2
+    sampler = NegativeSampler(
+        num_items,
+        600,
+        distribution=distribution,  # type: ignore[arg-type]
+        counts=counts if distribution == "unigram" else None,
+        alpha=1,
+    )
+    excluded = torch.ones(num_items, dtype=torch.bool).index_fill(0, left, False).nonzero()[:, 0]
+    exclude = Jagged(excluded, torch.tensor([0, len(excluded)]))
+    ids, log_q = sampler.sample(1, step=0, exclude=exclude)
+    share = sampler.log_q(left).double().softmax(0)
+    place = torch.searchsorted(left, ids)
+    assert torch.equal(left[place], ids)
+    assert abs(z_of(place, share)) < BOUND
+    torch.testing.assert_close(log_q.double(), (600 * share[place]).log(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

@@ -51,7 +51,7 @@ def build_objectives(config: RunConfig, dataset: PreparedDataset) -> list[nn.Mod
     for objective in config.pretrain.objectives:
         if objective.name == "contrastive":
             objectives.append(
-                ContrastiveObjective(objective, config.model, dataset.item_counts, config.seed)
+                ContrastiveObjective(objective, config.model, dataset.item_counts, seed=config.seed)
             )
             continue
         softmax = None
@@ -85,7 +85,7 @@ def build_task(config: RunConfig, name: str, dataset: PreparedDataset) -> Rankin
         assert finetune.rating is not None
         return RatingTask(finetune.rating, config.model, dataset)
     assert finetune.ranking is not None
-    return RankingTask(finetune.ranking, config.model, dataset.num_items, config.seed)
+    return RankingTask(finetune.ranking, config.model, dataset.num_items, seed=config.seed)
 
 
 def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:

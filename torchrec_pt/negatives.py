@@ -7,7 +7,7 @@ sources, the expected counts add up. The positive, which is always there, is lef
 a negative that is the positive's item is masked, whichever source it comes from.
 
 Shared by all rows: keys of `gathered_infonce_loss` or `ring_infonce_loss`, those of all ranks.
-    InBatch   the positives of the other rows    num_pairs · the item's share of training
+    InBatch   the positives of the batch         num_pairs · the item's share of training
     Sampled   num_negatives drawn for all        num_negatives · q
     Named     hard ones that the caller gives    how often the item is named
 Of each row: for `sampled_softmax_loss`.
@@ -39,6 +39,9 @@ class Source(Protocol):
 class InBatch:
     """The positives of a batch, drawn as items are in training.
 
+    A row's own positive is counted with the others, though it is never a negative of its row: the
+    estimate over the others is low by the factor (num_pairs − 1) / num_pairs.
+
     Attributes:
         log_share: (num_items,) log of each item's share of the training interactions.
         num_pairs: 0-dim, rows of the batch, over all ranks.
@@ -53,7 +56,7 @@ class InBatch:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What `sampler.sample_shared` draws, each item as often as it comes."""
+    """What `sampler.sample_shared` draws with replacement and without exclusions."""
 
     sampler: NegativeSampler
 

@@ -8,20 +8,19 @@
 // column = floor(word n / 2^32), refused where the low half of the product is below 2^32 mod n, so
 // that all columns are equally likely (Lemire 2019). Uniform: the column is the item. Otherwise an
 // alias table (Vose 1991): the column itself where the coin is below its threshold, else its alias.
-// A refused column and an excluded item are drawn again with the next retry; after kTries the draw
-// goes up from its last column to the first item that may come out.
+// A refused column and an excluded item are drawn again with the next retry. After kTries the item
+// is found by its share of what is left: with w the column's word of retry kTries, the one in whose
+// part of the mass left lies floor(w mass / 2^32), counted up over the items that are not excluded.
 
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "negatives/philox.h"
 
 namespace torchrec_pt {
 
-constexpr std::uint32_t kTries = 128;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr std::uint32_t kTries = 1024;
 
 enum DrawStream : std::uint32_t { kColumn, kCoin };
 
@@ -39,6 +38,7 @@ struct Drawn {
 
 struct ItemDistribution {
   const AliasColumn* columns;  // (num_items,); null: uniform
+  const std::int64_t* mass;    // (num_items,) coins of each item; null, as columns is: one each
   std::uint32_t num_items;     // below 2^31
   std::uint32_t remainder;     // 2^32 mod num_items
 
@@ -68,36 +68,75 @@ struct DrawPlace {
   }
 };
 
-// Whether an ascending set holds the item.
-TORCHREC_PT_HOST_DEVICE bool contains(const std::int64_t* set, std::int64_t size,
-                                      std::int64_t item) {
-  const std::int64_t* const end = set + size;
-  while (size > 0) {
-    const std::int64_t half = size / 2;
-    const bool is_above = set[half] < item;
-    set += is_above ? half + 1 : 0;
-    size = is_above ? size - half - 1 : half;
+// The items that a row is not given.
+struct Exclusions {
+  const std::int64_t* items;  // (size,) ascending
+  std::int64_t size;
+  std::uint64_t mass_left;  // of all others
+
+  // How many of the items are below.
+  TORCHREC_PT_HOST_DEVICE std::int64_t num_below(std::int64_t item) const {
+    return first([&](std::int64_t i) { return items[i] >= item; });
   }
-  return set != end && *set == item;
+
+  TORCHREC_PT_HOST_DEVICE bool contains(std::int64_t item) const {
+    const std::int64_t i = num_below(item);
+    return i < size && items[i] == item;
+  }
+
+  // The k-th of the items that are not excluded, from 0.
+  TORCHREC_PT_HOST_DEVICE std::int64_t other(std::int64_t k) const {
+    return k + first([&](std::int64_t i) { return items[i] - i > k; });
+  }
+
+ private:
+  // The least i of [0, size] from which on the condition holds.
+  template <typename Condition>
+  TORCHREC_PT_HOST_DEVICE std::int64_t first(const Condition& holds) const {
+    std::int64_t begin = 0;
+    std::int64_t end = size;
+    while (begin < end) {
+      const std::int64_t middle = (begin + end) / 2;
+      const bool does = holds(middle);
+      begin = does ? begin : middle + 1;
+      end = does ? middle : end;
+    }
+    return begin;
+  }
+};
+
+// The draw when all tries were refused: exact, but in steps as many as there are items.
+TORCHREC_PT_HOST_DEVICE Drawn draw_by_mass(const ItemDistribution& distribution,
+                                           const DrawPlace& place, const Exclusions& excluded) {
+  const std::uint64_t word = place.word(kTries, kColumn);
+  const std::uint64_t low = excluded.mass_left & 0xffffffff;
+  std::uint64_t left = (excluded.mass_left >> 32) * word + (low * word >> 32);
+  if (!distribution.columns) {
+    return {static_cast<std::uint32_t>(excluded.other(static_cast<std::int64_t>(left))), 0};
+  }
+  std::int64_t next_excluded = 0;
+  for (std::uint32_t item = 0;; ++item) {
+    if (next_excluded < excluded.size && excluded.items[next_excluded] == item) {
+      ++next_excluded;
+      continue;
+    }
+    const auto mass = static_cast<std::uint64_t>(distribution.mass[item]);
+    if (left < mass) return {item, distribution.columns[item].log_q[0]};
+    left -= mass;
+  }
 }
 
 // The draw once its first try was refused. Some item that is not excluded must be possible.
-template <typename IsExcluded>
 TORCHREC_PT_HOST_DEVICE Drawn draw_again(const ItemDistribution& distribution,
-                                         const DrawPlace& place, const IsExcluded& is_excluded) {
-  std::uint32_t column = 0;
+                                         const DrawPlace& place, const Exclusions& excluded) {
   for (std::uint32_t retry = 1; retry < kTries; ++retry) {
     const std::uint64_t product = distribution.product(place.word(retry, kColumn));
-    column = static_cast<std::uint32_t>(product >> 32);
     if (distribution.refuses(product)) continue;
     const std::uint32_t coin = distribution.columns ? place.word(retry, kCoin) : 0;
-    const Drawn drawn = distribution.item(column, coin);
-    if (!is_excluded(drawn.item)) return drawn;
+    const Drawn drawn = distribution.item(static_cast<std::uint32_t>(product >> 32), coin);
+    if (!excluded.contains(drawn.item)) return drawn;
   }
-  for (;; column = column + 1 < distribution.num_items ? column + 1 : 0) {
-    const float log_q = distribution.columns ? distribution.columns[column].log_q[0] : 0;
-    if (log_q != -kInfinity && !is_excluded(column)) return {column, log_q};
-  }
+  return draw_by_mass(distribution, place, excluded);
 }
 
 }  // namespace torchrec_pt

@@ -18,10 +18,11 @@ __device__ __forceinline__ std::int64_t thread_number() {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    negatives_rows(NegativesOnDevice problem, float* log_scale) {
+    negatives_rows(NegativesOnDevice problem, NegativesRows rows) {
   const std::int64_t r = thread_number();
   if (r >= problem.num_rows) return;
   TORCHREC_PT_DEVICE_ASSERT(problem.rows[r] >= 0 && problem.rows[r] < std::int64_t{1} << 32);
+  const std::int64_t* masses = problem.distribution.mass;
   std::uint64_t mass = problem.total_mass;
   if (problem.exclude_offsets) {
     const std::int64_t begin = problem.exclude_offsets[r];
@@ -31,18 +32,19 @@ __global__ void __launch_bounds__(kThreads)
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t item = problem.exclude[i];
       TORCHREC_PT_DEVICE_ASSERT(last < item && item < problem.distribution.num_items);
-      mass -= problem.mass ? static_cast<std::uint64_t>(problem.mass[item]) : 1;
+      mass -= masses ? static_cast<std::uint64_t>(masses[item]) : 1;
       last = item;
     }
     TORCHREC_PT_DEVICE_ASSERT(mass > 0 && "some item must be left to draw");
   }
   const double total = problem.distribution.columns ? static_cast<double>(problem.total_mass) : 1;
   const double draws = static_cast<double>(problem.num_draws);
-  log_scale[r] = static_cast<float>(log(draws * total / static_cast<double>(mass)));
+  rows.log_scale[r] = static_cast<float>(log(draws * total / static_cast<double>(mass)));
+  rows.mass_left[r] = mass;
 }
 
 __global__ void __launch_bounds__(kThreads)
-    negatives_draw(NegativesOnDevice problem, const float* log_scale, std::int64_t* items,
+    negatives_draw(NegativesOnDevice problem, NegativesRows rows, std::int64_t* items,
                    float* log_q) {
   const std::int64_t blocks_per_row = (problem.num_draws + 3) / 4;
   const std::int64_t thread = thread_number();
@@ -52,15 +54,11 @@ __global__ void __launch_bounds__(kThreads)
   const auto row = static_cast<std::uint32_t>(problem.rows[r]);
   const ItemDistribution& distribution = problem.distribution;
 
-  const std::int64_t* exclude = problem.exclude;
-  std::int64_t num_excluded = 0;
+  Exclusions excluded{problem.exclude, 0, rows.mass_left[r]};
   if (problem.exclude_offsets) {
-    exclude += problem.exclude_offsets[r];
-    num_excluded = problem.exclude_offsets[r + 1] - problem.exclude_offsets[r];
+    excluded.items += problem.exclude_offsets[r];
+    excluded.size = problem.exclude_offsets[r + 1] - problem.exclude_offsets[r];
   }
-  const auto is_excluded = [&](std::uint32_t item) {
-    return contains(exclude, num_excluded, item);
-  };
 
   const PhiloxWords columns = philox({row, block, 0, kColumn}, problem.key);
   const PhiloxWords coins =
@@ -69,12 +67,12 @@ __global__ void __launch_bounds__(kThreads)
   for (std::uint32_t i = 0; i < 4 && first + i < problem.num_draws; ++i) {
     const std::uint64_t product = distribution.product(columns.at(i));
     Drawn drawn = distribution.item(static_cast<std::uint32_t>(product >> 32), coins.at(i));
-    if (distribution.refuses(product) || is_excluded(drawn.item)) {
-      drawn = draw_again(distribution, {problem.key, row, 4 * block + i}, is_excluded);
+    if (distribution.refuses(product) || excluded.contains(drawn.item)) {
+      drawn = draw_again(distribution, {problem.key, row, 4 * block + i}, excluded);
     }
     const std::int64_t at = r * problem.num_draws + first + i;
     items[at] = drawn.item;
-    if (log_q) log_q[at] = drawn.log_q + log_scale[r];
+    if (log_q) log_q[at] = drawn.log_q + rows.log_scale[r];
   }
 }
 
@@ -95,16 +93,17 @@ dim3 one_thread_each(std::int64_t num) {
 
 }  // namespace
 
-int launch_negatives_rows(const NegativesOnDevice& problem, float* log_scale, CUstream_st* stream) {
+int launch_negatives_rows(const NegativesOnDevice& problem, NegativesRows rows,
+                          CUstream_st* stream) {
   return launch(negatives_rows, one_thread_each(problem.num_rows), dim3(kThreads), 0, stream,
-                problem, log_scale);
+                problem, rows);
 }
 
-int launch_negatives_draw(const NegativesOnDevice& problem, const float* log_scale,
-                          std::int64_t* items, float* log_q, CUstream_st* stream) {
+int launch_negatives_draw(const NegativesOnDevice& problem, NegativesRows rows, std::int64_t* items,
+                          float* log_q, CUstream_st* stream) {
   const std::int64_t num_blocks = problem.num_rows * ((problem.num_draws + 3) / 4);
   return launch(negatives_draw, one_thread_each(num_blocks), dim3(kThreads), 0, stream, problem,
-                log_scale, items, log_q);
+                rows, items, log_q);
 }
 
 int launch_philox(const std::int64_t* counters, const std::int64_t* key, std::int64_t num,

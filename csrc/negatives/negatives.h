@@ -39,7 +39,8 @@ void check_philox(const at::Tensor& counters, const at::Tensor& key);
 inline ItemDistribution distribution_of(const NegativesProblem& problem) {
   const auto n = static_cast<std::uint32_t>(problem.num_items);
   const auto* columns = problem.columns ? problem.columns->const_data_ptr<int32_t>() : nullptr;
-  return {reinterpret_cast<const AliasColumn*>(columns), n,
+  const auto* mass = problem.mass ? problem.mass->const_data_ptr<int64_t>() : nullptr;
+  return {reinterpret_cast<const AliasColumn*>(columns), mass, n,
           static_cast<std::uint32_t>((std::uint64_t{1} << 32) % n)};
 }
 

@@ -29,9 +29,9 @@ using Words = std::array<std::uint32_t, kChunk>;
 class Excluded {
  public:
   // Takes the place of the items before.
-  void assign(const std::int64_t* items, std::int64_t size) {
-    items_ = items;
-    size_ = size;
+  void assign(const Exclusions& exclusions) {
+    exclusions_ = exclusions;
+    const auto [items, size, mass_left] = exclusions;
     const auto width = static_cast<int>(std::bit_width(static_cast<std::uint64_t>(size)));
     const int log2_bits = std::min(width + 6, 24);
     shift_ = 32 - log2_bits;
@@ -44,16 +44,16 @@ class Excluded {
 
   bool operator()(std::uint32_t item) const {
     const std::uint32_t bit = hash_bit(item, shift_);
-    return (bits_[bit / 32] >> bit % 32 & 1) != 0 && contains(items_, size_, item);
+    return (bits_[bit / 32] >> bit % 32 & 1) != 0 && exclusions_.contains(item);
   }
 
-  bool is_empty() const { return size_ == 0; }
+  bool is_empty() const { return exclusions_.size == 0; }
+  const Exclusions& exclusions() const { return exclusions_; }
   const std::uint32_t* bits() const { return bits_.data(); }
   int shift() const { return shift_; }
 
  private:
-  const std::int64_t* items_ = nullptr;
-  std::int64_t size_ = 0;
+  Exclusions exclusions_{};
   int shift_ = 31;
   std::vector<std::uint32_t> bits_{0};  // of nothing
 };
@@ -67,7 +67,6 @@ class Sampler {
         num_draws_(problem.num_draws),
         total_mass_(total_mass(problem)),
         rows_(problem.rows.const_data_ptr<int64_t>()),
-        mass_(problem.mass ? problem.mass->const_data_ptr<int64_t>() : nullptr),
         exclude_(problem.exclude ? problem.exclude->const_data_ptr<int64_t>() : nullptr),
         offsets_(problem.exclude_offsets ? problem.exclude_offsets->const_data_ptr<int64_t>()
                                          : nullptr),
@@ -90,6 +89,7 @@ class Sampler {
   // The log of M / (1 - sum of the excluded items' q); over n where the distribution is uniform.
   float exclude_row(std::int64_t r, Excluded& excluded) const {
     std::uint64_t mass = total_mass_;
+    Exclusions exclusions{exclude_, 0, 0};
     if (offsets_) {
       const std::int64_t begin = offsets_[r];
       const std::int64_t end = offsets_[r + 1];
@@ -100,8 +100,11 @@ class Sampler {
       for (std::int64_t i = begin; i < end; ++i) mass -= mass_of(exclude_[i], i, begin, r);
       TORCH_CHECK_VALUE(mass > 0, "negatives: row ", r, " excludes all ", distribution_.num_items,
                         " items that can be drawn; leave the row out, or some of its items in");
-      excluded.assign(exclude_ + begin, end - begin);
+      exclusions.items += begin;
+      exclusions.size = end - begin;
     }
+    exclusions.mass_left = mass;
+    excluded.assign(exclusions);
     const double total = static_cast<double>(distribution_.columns ? total_mass_ : 1);
     const double draws = static_cast<double>(num_draws_);
     return static_cast<float>(std::log(draws * total / static_cast<double>(mass)));
@@ -109,10 +112,10 @@ class Sampler {
 
   // Ahead of the row's turn.
   void fetch_masses(std::int64_t r) const {
-    if (!mass_ || r >= num_rows_) return;
+    if (!distribution_.mass || r >= num_rows_) return;
     const std::int64_t end = std::min(offsets_[r + 1], num_excluded_);
     for (std::int64_t i = std::max<std::int64_t>(offsets_[r], 0); i < end; ++i) {
-      __builtin_prefetch(mass_ + exclude_[i]);
+      __builtin_prefetch(distribution_.mass + exclude_[i]);
     }
   }
 
@@ -124,7 +127,7 @@ class Sampler {
     TORCH_CHECK_VALUE(i == begin || exclude_[i - 1] < item, "negatives: the items that row ", r,
                       " excludes must ascend, got ", item, " after ", exclude_[i - 1],
                       "; Jagged.to_sets() sorts them");
-    return mass_ ? static_cast<std::uint64_t>(mass_[item]) : 1;
+    return distribution_.mass ? static_cast<std::uint64_t>(distribution_.mass[item]) : 1;
   }
 
   DrawPlace place(std::int64_t r, std::int64_t draw) const {
@@ -159,7 +162,7 @@ class Sampler {
       }
       const bool is_refused = distribution_.refuses(distribution_.product(column_words[d]));
       if (!is_refused && !excluded(static_cast<std::uint32_t>(items[d]))) continue;
-      const Drawn drawn = draw_again(distribution_, place(r, first + d), excluded);
+      const Drawn drawn = draw_again(distribution_, place(r, first + d), excluded.exclusions());
       items[d] = drawn.item;
       if (log_q) log_q[d] = drawn.log_q + log_scale;
     }
@@ -171,7 +174,6 @@ class Sampler {
   std::int64_t num_draws_;
   std::uint64_t total_mass_;
   const std::int64_t* rows_;
-  const std::int64_t* mass_;     // null: one each
   const std::int64_t* exclude_;  // null, like offsets_: nothing
   const std::int64_t* offsets_;
   std::int64_t num_excluded_;

@@ -39,17 +39,19 @@ std::tuple<at::Tensor, at::Tensor> sample_negatives_cuda(
                                           distribution_of(inputs),
                                           key_of(inputs),
                                           total_mass(inputs),
-                                          ids_or_null(mass),
                                           ids_or_null(exclude),
                                           ids_or_null(exclude_offsets),
                                           exclude ? exclude->numel() : 0};
   const auto log_scale = columns ? at::empty({rows.size(0)}, log_q.options()) : log_q;
-  check_launch(
-      device::launch_negatives_rows(problem, log_scale.mutable_data_ptr<float>(), device.stream()));
+  const auto mass_left = at::empty({rows.size(0)}, rows.options());
+  const device::NegativesRows of_rows{
+      log_scale.mutable_data_ptr<float>(),
+      reinterpret_cast<std::uint64_t*>(mass_left.mutable_data_ptr<int64_t>())};
+  check_launch(device::launch_negatives_rows(problem, of_rows, device.stream()));
   if (num_draws == 0) return {items, log_q};
-  check_launch(device::launch_negatives_draw(
-      problem, log_scale.const_data_ptr<float>(), items.mutable_data_ptr<int64_t>(),
-      columns ? log_q.mutable_data_ptr<float>() : nullptr, device.stream()));
+  check_launch(device::launch_negatives_draw(problem, of_rows, items.mutable_data_ptr<int64_t>(),
+                                             columns ? log_q.mutable_data_ptr<float>() : nullptr,
+                                             device.stream()));
   return {items, log_q};
 }
 

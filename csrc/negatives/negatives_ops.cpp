@@ -20,7 +20,7 @@ TORCH_LIBRARY_FRAGMENT(torchrec_pt, m) {
   m.def("alias_table(Tensor weights) -> (Tensor columns, Tensor mass)");
   // (R, M) int64, and the log of the expected count; (R, 1) where it is uniform.
   m.def(
-      "sample_negatives(Tensor rows, int num_draws, int num_items, int seed, int step, "
+      "sample_negatives(Tensor rows, SymInt num_draws, SymInt num_items, SymInt seed, SymInt step, "
       "Tensor? columns, Tensor? mass, Tensor? exclude, Tensor? exclude_offsets) "
       "-> (Tensor items, Tensor log_q)");
 }

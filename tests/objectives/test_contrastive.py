@@ -32,7 +32,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 def _objective(**options: Any) -> ContrastiveObjective:
-    return ContrastiveObjective(Contrastive(name="contrastive", **options), MODEL, COUNTS)
+    return ContrastiveObjective(Contrastive(name="contrastive", **options), MODEL, COUNTS, seed=0)
 
 
 def _views(draw: Draw) -> list[tuple[list[int], list[bool]]]:

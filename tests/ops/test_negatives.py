@@ -16,7 +16,7 @@ from torchrec_pt.ops import NegativeSampler
 
 COINS = 2**32
 WORD = 2**32 - 1
-MOST_TRIES = 128
+MOST_TRIES = 1024
 
 OPS = torch.ops.torchrec_pt
 
@@ -91,18 +91,16 @@ class Reference:
         self.num_items = num_items
         self.key = (seed, step)
         self.columns: list[list[int]] | None = None
+        self.mass = [1] * min(num_items, 1000)  # a larger catalogue never gets that far
         if weights is not None:
             columns, mass = OPS.alias_table(weights.double())
             self.columns = [[c[0] & WORD, c[1] & WORD] for c in columns.tolist()]
             self.mass = mass.tolist()
 
     def draw(self, row: int, draw: int, excluded: set[int]) -> int:
-        column = 0
         for retry in range(MOST_TRIES):
             place = (row, draw // 4, retry)
             product = philox((*place, 0), self.key)[draw % 4] * self.num_items
-            if retry > 0:
-                column = product >> 32
             if product & WORD < COINS % self.num_items:
                 continue
             item = product >> 32
@@ -111,9 +109,10 @@ class Reference:
                 item = item if philox((*place, 1), self.key)[draw % 4] < own_coins else alias
             if item not in excluded:
                 return item
-        while column in excluded or (self.columns is not None and self.mass[column] == 0):
-            column = (column + 1) % self.num_items
-        return column
+        left = [0 if i in excluded else self.mass[i] for i in range(self.num_items)]
+        word = philox((row, draw // 4, MOST_TRIES, 0), self.key)[draw % 4]
+        until = sum(left) * word >> 32
+        return next(i for i in range(self.num_items) if sum(left[: i + 1]) > until)
 
     def rows(self, rows: Tensor, num_draws: int, exclude: Jagged | None) -> Tensor:
         ids = []
@@ -170,7 +169,17 @@ def test_as_many_coins_as_a_column_has_of_its_own_are_its_own() -> None:
         assert OPS.sample_negatives(*args)[0].item() == item
 
 
-def test_the_last_way_out_goes_up_to_an_item_that_is_possible() -> None:
+@every_distribution
+def test_the_last_way_out_is_that_of_the_definition(distribution: str) -> None:
+    """All but two of 1000 items are excluded: an eighth of uniform draws never finds them."""
+    num_items = 1000
+    exclude = exclude_rows([i for i in range(num_items) if i not in (700, 999)])
+    ids = build(distribution, num_items, 40).sample(1, step=0, exclude=exclude).ids
+    reference = Reference(weights_of(distribution, num_items), num_items, 0, 0)
+    assert torch.equal(ids, reference.rows(torch.tensor([0]), 40, exclude))
+
+
+def test_the_last_way_out_finds_items_that_hardly_ever_come_up() -> None:
     """All mass but two coins is excluded, and the items beside have none."""
     weights = torch.zeros(9).double()
     weights[2], weights[[4, 7]] = 1e12, 1e-9
@@ -358,6 +367,7 @@ def test_unique_negatives_are_the_first_distinct_draws(
 def test_unique_negatives_may_be_all_items() -> None:
     drawn = build("log_uniform", 50, 50).sample_shared(step=0, unique=True)
     assert sorted(drawn.ids.tolist()) == list(range(50))
+    assert drawn.log_q.tolist() == [0] * 50
     one = NegativeSampler(9, 1, distribution="unigram", counts=torch.eye(9)[4])
     drawn = one.sample_shared(step=0, unique=True)
     assert (drawn.ids.tolist(), drawn.log_q.tolist()) == ([4], [0])
@@ -370,7 +380,7 @@ def test_unique_negatives_that_hardly_ever_come_up_fill_up_in_order() -> None:
     drawn = sampler.sample_shared(step=0, unique=True, exclude=torch.tensor([1]))
     assert sorted(drawn.ids[:2].tolist()) == [0, 2]
     assert drawn.ids[2] == 4
-    assert drawn.log_q.isfinite().all()
+    assert drawn.log_q.tolist() == [0, 0, 0]  # 4096 tries, and what fills up is certain
 
 
 @pytest.mark.parametrize("exclude", [None, torch.tensor([0, 3])])
@@ -442,7 +452,7 @@ def test_log_q_stands_beside_the_items_in_the_alias_table() -> None:
         ({"distribution": "unigram", "counts": torch.zeros(5)}, "some weight must be positive"),
         (
             {"distribution": "unigram", "counts": torch.ones(5), "alpha": float("nan")},
-            "alpha must be finite",
+            "alpha must be finite and 0 or more",
         ),
     ],
 )

@@ -242,8 +242,9 @@ def test_a_row_with_nothing_but_its_positive_gives_zero_and_no_gradient(
     assert all(torch.count_nonzero(grad) == 0 for grad in gradients(loss.sum(), leaves))
 
 
+@pytest.mark.parametrize("of", [shared, dict])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_removed_is_not_looked_at(bad: float) -> None:
+def test_what_is_removed_is_not_looked_at(bad: float, of: Callable[[Problem], Problem]) -> None:
     problem = make(9, 70, 50, 24)
     problem["negatives"][:, 5] = 49
     problem["positive"][:] = 7
@@ -251,8 +252,8 @@ def test_what_is_removed_is_not_looked_at(bad: float) -> None:
     results = []
     for value in (0.0, bad):
         problem["table"][49] = value
-        given, leaves = with_leaves(problem)
-        loss = sampled_softmax_loss(**given, log_q_negatives=log_q)
+        given, leaves = with_leaves(of(problem | {"log_q_negatives": log_q}))
+        loss = sampled_softmax_loss(**given)
         results.append([loss, *gradients(loss, leaves)])
     for clean, result in zip(*results, strict=True):
         assert torch.equal(clean, result)

@@ -22,18 +22,20 @@ MUTATIONS = {
     "first_retry_left_out": Edit(DRAW, "std::uint32_t retry = 1;", "std::uint32_t retry = 2;"),
     "one_try_too_few": Edit(DRAW, "retry < kTries", "retry < kTries - 1"),
     "coin_not_drawn_again": Edit(DRAW, "place.word(retry, kCoin)", "place.word(0, kCoin)"),
-    "redrawn_item_not_compared": Edit(DRAW, "if (!is_excluded(drawn.item)) return", "return"),
-    "walk_takes_what_is_impossible": Edit(DRAW, "log_q != -kInfinity && ", ""),
-    "walk_takes_what_is_excluded": Edit(DRAW, " && !is_excluded(column)", ""),
-    "walk_leaves_the_catalogue": Edit(
-        DRAW, "column + 1 < distribution.num_items ? column + 1 : 0", "column + 1"
+    "redrawn_item_not_compared": Edit(DRAW, "if (!excluded.contains(drawn.item)) return", "return"),
+    "excluded_mass_counted_up": Edit(
+        DRAW, "      ++next_excluded;\n      continue;", "++next_excluded;"
     ),
-    "last_excluded_item_overlooked": Edit(DRAW, "set != end && *set", "set + 1 < end && *set"),
-    "search_goes_astray": Edit(DRAW, "set[half] < item", "set[half] <= item"),
+    "mass_up_to_the_item_itself": Edit(DRAW, "if (left < mass)", "if (left <= mass)"),
+    "upper_half_of_the_mass_left_out": Edit(DRAW, "(excluded.mass_left >> 32) * word +", ""),
+    "lower_half_of_the_mass_left_out": Edit(DRAW, " + (low * word >> 32)", ""),
+    "other_items_off_by_one": Edit(DRAW, "items[i] - i > k", "items[i] - i >= k"),
+    "last_excluded_item_overlooked": Edit(DRAW, "return i < size &&", "return i + 1 < size &&"),
+    "search_goes_astray": Edit(DRAW, "items[i] >= item", "items[i] > item"),
     "refused_column_kept": Edit(KERNELS, "distribution.refuses(product) || ", ""),
-    "excluded_item_kept": Edit(KERNELS, " || is_excluded(drawn.item)", ""),
+    "excluded_item_kept": Edit(KERNELS, " || excluded.contains(drawn.item)", ""),
     "exclusions_of_the_row_before": Edit(
-        KERNELS, "exclude += problem.exclude_offsets[r];", "exclude += problem.exclude_offsets[0];"
+        KERNELS, "items += problem.exclude_offsets[r];", "items += problem.exclude_offsets[0];"
     ),
     "draws_past_the_last_written": Edit(KERNELS, " && first + i < problem.num_draws", ""),
     "rows_numbered_from_zero": Edit(

@@ -35,7 +35,7 @@ def _model(attention: str = "bidirectional") -> TransformerConfig:
 
 
 def _task(attention: str = "bidirectional", num_items: int = NUM_ITEMS, **o: Any) -> RankingTask:
-    return RankingTask(RankingConfig(**o), _model(attention), num_items)
+    return RankingTask(RankingConfig(**o), _model(attention), num_items, seed=0)
 
 
 @pytest.mark.parametrize(("attention", "num_read"), [("causal", 5), ("bidirectional", 4)])

@@ -39,7 +39,7 @@ class ContrastiveObjective(nn.Module):
     needs_catalogue = False
 
     def __init__(
-        self, config: Contrastive, model: ModelConfig, item_counts: Tensor, seed: int = 0
+        self, config: Contrastive, model: ModelConfig, item_counts: Tensor, *, seed: int
     ) -> None:
         super().__init__()
         self.name = config.name

@@ -56,6 +56,8 @@ class NegativeSampler:
         alpha: float = 0.75,
         seed: int = 0,
     ) -> None:
+        if not 1 <= num_items < 2**31:
+            raise ValueError(f"negatives: num_items must be in [1, 2^31), got {num_items}")
         if num_negatives < 0:
             raise ValueError(f"negatives: num_negatives must be 0 or more, got {num_negatives}")
         if (distribution == "unigram") != (counts is not None):
@@ -129,8 +131,9 @@ class NegativeSampler:
             exclude: (T,) int64 items that are not drawn, strictly ascending.
             unique: draw until M distinct items have come up, each in the place where it came up
                 first. log_q is that of the draws it took, T of them: log(1 − (1 − q)^T), as in
-                candidate sampling. Waits for the device. Where 64 M draws did not suffice, the
-                items not drawn with the lowest numbers fill up.
+                candidate sampling. Waits for the device. Where max(64 M, 4096) draws did not
+                suffice, the items not drawn with the lowest numbers fill up; these are certain,
+                as are all where M is the number of items that can be drawn: log_q = 0.
         Raises:
             ValueError: exclude does not fit, or fewer than M items can be drawn.
         """
@@ -148,7 +151,8 @@ class NegativeSampler:
 
         −inf for an item that is never drawn; like `ids` in shape, float32.
         """
-        return self._probability(ids).mul(self.num_negatives).log().float()
+        share = self._mass(ids).double() / self._total_mass
+        return share.mul(self.num_negatives).log().float()
 
     def _tables_on(self, device: torch.device) -> _Tables:
         if device not in self._tables:
@@ -167,16 +171,17 @@ class NegativeSampler:
             step,
             tables.columns,
             tables.mass,
-            None if exclude is None else exclude.values,
-            None if exclude is None else exclude.offsets,
+            None if exclude is None else exclude.values.contiguous(),
+            None if exclude is None else exclude.offsets.contiguous(),
         )
         return SampledNegatives(ids, log_q.expand_as(ids))
 
     def _draw_unique(self, row: Tensor, step: int, exclude: Jagged | None) -> SampledNegatives:
+        self._draw(row, 0, step=step, exclude=exclude)  # checks exclude
         num_wanted = self.num_negatives
         left_out = row[:0] if exclude is None else exclude.values
         num_possible = self._tables_on(row.device).num_possible
-        num_possible -= int((self._probability(left_out) > 0).sum())
+        num_possible -= int((self._mass(left_out) > 0).sum())
         if num_possible < num_wanted:
             raise ValueError(
                 f"negatives: {num_wanted} unique negatives are asked of the {num_possible} items "
@@ -188,24 +193,31 @@ class NegativeSampler:
             num_tries = min(max(2 * num_tries, 2 * num_wanted), most_tries)
             draws = self._draw(row, num_tries, step=step, exclude=exclude).ids[0]
             ids, first = _in_order_of_appearance(draws)
-        if len(ids) >= num_wanted:
+        num_drawn = min(len(ids), num_wanted)
+        if num_drawn == num_wanted:
             ids = ids[:num_wanted]
             num_tries = int(first[num_wanted - 1]) + 1 if num_wanted else 0
         else:
-            is_left = self._probability(torch.arange(self.num_items, device=row.device)) > 0
+            is_left = self._mass(torch.arange(self.num_items, device=row.device)) > 0
             is_left[ids] = False
             is_left[left_out] = False
             ids = torch.cat([ids, is_left.nonzero()[: num_wanted - len(ids), 0]])
-        share = self._probability(ids) / (1 - self._probability(left_out).sum())
-        expected_count = -torch.expm1(num_tries * torch.log1p(-share.clamp(max=1)))
-        return SampledNegatives(ids, expected_count.log().float())
+        if num_possible == num_wanted:
+            num_drawn = 0
+        share = self._mass(ids).double() / (self._total_mass - self._mass(left_out).sum())
+        log_q = torch.log(-torch.expm1(num_tries * torch.log1p(-share))).float()
+        log_q[num_drawn:] = 0
+        return SampledNegatives(ids, log_q)
 
-    def _probability(self, ids: Tensor) -> Tensor:
-        """float64, of one draw."""
+    @property
+    def _total_mass(self) -> int:
+        has_mass = self._tables[torch.device("cpu")].mass is not None
+        return self.num_items << 32 if has_mass else self.num_items
+
+    def _mass(self, ids: Tensor) -> Tensor:
+        """int64; an item's probability is this over the total."""
         mass = self._tables_on(ids.device).mass
-        if mass is None:
-            return torch.full(ids.shape, 1 / self.num_items, dtype=torch.float64, device=ids.device)
-        return mass[ids].double() / (self.num_items * 2.0**32)
+        return torch.ones_like(ids) if mass is None else mass[ids]
 
 
 class _Tables(NamedTuple):
@@ -223,14 +235,15 @@ class _Tables(NamedTuple):
 
 
 def _build_tables(weights: Tensor) -> _Tables:
-    # Two machines' libraries may differ in the last bit of a power or a logarithm: it is cut off.
+    # Two machines' libraries may differ in the last bit of a power or a logarithm. In float32 that
+    # shows for one value in about 10^8.
     columns, mass = torch.ops.torchrec_pt.alias_table(weights.float().double())
     return _Tables(columns, mass, len(mass), int((mass > 0).sum()))
 
 
 def _powers(counts: Tensor, alpha: float) -> Tensor:
-    if not math.isfinite(alpha):
-        raise ValueError(f"negatives: alpha must be finite, got {alpha}")
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"negatives: alpha must be finite and 0 or more, got {alpha}")
     counts = counts.cpu().double()
     is_bad = ~(counts.isfinite() & (counts >= 0))
     if is_bad.any():

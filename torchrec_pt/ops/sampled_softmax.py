@@ -53,13 +53,19 @@ def sampled_softmax_loss(
         sparse: the gradient of the table is a coalesced sparse tensor with a row for each id
             that positive and negatives name, zeros among them (where `.backward()` keeps it in
             table.grad, torch drops the mark that it is coalesced); else it is dense, as a
-            table that is not a leaf needs.
+            table that is not a leaf needs, and shared negatives in torch.compile.
     Returns:
         float32 (float64 for float64 inputs). There is no second derivative.
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or an id is outside [0, V).
+        ValueError: shapes, dtypes or devices do not fit, an id is outside [0, V), or the table is
+            no leaf and sparse is asked. On CUDA D ends at 1024 (256 where negatives are shared)
+            and B (M + 1) below 2^31; in backward on the CPU, V and B (M + 1) below 2^32.
     """
     check_reduction("sampled_softmax", reduction, row_weight, query.shape[0])
+    if sparse and table.requires_grad and not table.is_leaf:
+        raise ValueError(
+            "sampled_softmax: a table that is computed takes a dense gradient; pass sparse=False"
+        )
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(temperature, dtype=torch.float64)
     problem = (query, table, positive, negatives, temperature, log_q_positive, log_q_negatives)
@@ -100,6 +106,8 @@ def _shared_loss(
     if row_weight is not None:  # what a row of weight 0 holds may be no number
         is_dead = (row_weight == 0)[:, None]
         query, own_key = query.masked_fill(is_dead, 0), own_key.masked_fill(is_dead, 0)
+    if log_q_negatives is not None:  # as may what is removed
+        keys = keys.masked_fill((log_q_negatives == torch.inf)[:, None], 0)
     lse = infonce_logsumexp(
         query,
         keys,

@@ -27,7 +27,7 @@ class RankingTask(nn.Module):
     scale = 1.0
 
     def __init__(
-        self, config: RankingConfig, model: ModelConfig, num_items: int, seed: int = 0
+        self, config: RankingConfig, model: ModelConfig, num_items: int, *, seed: int
     ) -> None:
         super().__init__()
         self.config = config
