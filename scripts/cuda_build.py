@@ -30,6 +30,8 @@ spec.loader.exec_module(module)
 print(module.build_info())
 operators = ["infonce_forward", "infonce_backward"]
 operators += ["infonce_symmetric_forward", "infonce_symmetric_backward"]
+operators += ["philox", "sample_negatives", "sampled_softmax_forward"]
+operators += ["sampled_softmax_backward_sparse", "sampled_softmax_backward_dense"]
 for name in operators:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"torchrec_pt::{name}", "CUDA")
     assert has_kernel, f"{name} has no CUDA kernel"

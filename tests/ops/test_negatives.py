@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.ops import NegativeSampler
@@ -519,3 +520,19 @@ def test_operators_pass_opcheck(distribution: str) -> None:
     torch.library.opcheck(OPS.sample_negatives.default, args)
     torch.library.opcheck(OPS.philox.default, (torch.ones(2, 4).long(), torch.ones(2).long()))
     torch.library.opcheck(OPS.alias_table.default, (torch.ones(3).double(),))
+
+
+@pytest.mark.cpu_only
+def test_another_step_compiles_nothing_anew() -> None:
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def draw(rows: Tensor, step: int) -> Tensor:
+        args = (rows, 3, 100, 0, step, None, None, None, None)
+        return OPS.sample_negatives(*args)[0] + 1
+
+    rows = torch.arange(4)
+    drawn = [draw(rows, step) - 1 for step in range(8)]
+    assert counter.frame_count <= 2  # for the first step, and for any
+    sampler = build("uniform", 100, 3)
+    assert all(torch.equal(d, sampler.sample(4, step=s).ids) for s, d in enumerate(drawn))
