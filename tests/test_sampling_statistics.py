@@ -308,6 +308,28 @@ def test_keys_of_several_sources_estimate_the_sum_over_the_catalogue(
     assert error < 0.02 * exact
 
 
+@pytest.mark.parametrize("num_rows", [2, 4, 24])
+def test_the_other_rows_of_a_batch_estimate_the_sum_over_the_catalogue(
+    trial: Trial, num_rows: int
+) -> None:
+    """Of the first row of many batches, its own key left out."""
+    share = COUNTS.double() / COUNTS.sum()
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.multinomial(share, 20_000 * num_rows, True, generator=generator)
+    estimates = {}
+    for num_others in (num_rows - 1, num_rows):
+        source = InBatch(share.log().float(), torch.tensor(float(num_others)))
+        keys = join_keys([(trial.items[ids], ids)], [source])
+        assert keys.log_q is not None
+        weighed = (keys.vectors @ trial.query - keys.log_q).exp().view(-1, num_rows)
+        estimates[num_others] = weighed[:, 1:].sum(1)
+    exact = (trial.items @ trial.query).exp().sum()
+    right, wrong = estimates[num_rows - 1], estimates[num_rows]
+    error = right.std() / len(right) ** 0.5
+    assert abs(right.mean() - exact) < BOUND * error
+    assert abs(wrong.mean() - exact) > BOUND * error
+
+
 def test_an_accidental_hit_is_masked_whatever_source_it_comes_from(trial: Trial) -> None:
     share = (COUNTS / COUNTS.sum()).log()
     sampler = build("unigram", 30)

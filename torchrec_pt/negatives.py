@@ -7,7 +7,7 @@ sources, the expected counts add up. The positive, which is always there, is lef
 a negative that is the positive's item is masked, whichever source it comes from.
 
 Shared by all rows: keys of `gathered_infonce_loss` or `ring_infonce_loss`, those of all ranks.
-    InBatch   the positives of the batch         num_pairs · the item's share of training
+    InBatch   the positives of the other rows    num_others · the item's share of training
     Sampled   num_negatives drawn for all        num_negatives · q
     Named     hard ones that the caller gives    how often the item is named
 Of each row: for `sampled_softmax_loss`.
@@ -37,21 +37,18 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class InBatch:
-    """The positives of a batch, drawn as items are in training.
-
-    A row's own positive is counted with the others, though it is never a negative of its row: the
-    estimate over the others is low by the factor (num_pairs − 1) / num_pairs.
+    """The positives of the other rows of a batch, drawn as items are in training.
 
     Attributes:
         log_share: (num_items,) log of each item's share of the training interactions.
-        num_pairs: 0-dim, rows of the batch, over all ranks.
+        num_others: 0-dim, rows of the batch but one, over all ranks.
     """
 
     log_share: Tensor
-    num_pairs: Tensor
+    num_others: Tensor
 
     def log_expected_count(self, ids: Tensor) -> Tensor:
-        return self.log_share[ids] + self.num_pairs.log()
+        return self.log_share[ids] + self.num_others.log()
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,7 @@ class ContrastiveObjective(nn.Module):
         weight = keys.weight * drawn.tensors["has_target"]
         num_pairs = sum_over_ranks(weight.sum()).clamp(min=1)
         parts = [self._items(backbone, drawn, "item")]
+        # A row's own pair counts too, one too many: the figures of the demo were made so.
         sources: list[Source] = [InBatch(self.log_share, num_pairs)]
         if self.sampler is not None:
             parts.append(self._items(backbone, drawn, "negatives"))
