@@ -17,12 +17,11 @@
 #include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <tuple>
 
-namespace torchrec_pt {
+#include "tensors.h"
 
-using OptionalTensor = std::optional<at::Tensor>;
+namespace torchrec_pt {
 
 struct InfonceProblem {
   at::Tensor query;               // (B, D) float
@@ -37,15 +36,6 @@ struct InfonceProblem {
   OptionalTensor log_q_positive;  // (B,) float
   OptionalTensor key_bias;        // (N,) float
 };
-
-inline OptionalTensor contiguous(const OptionalTensor& vector) {
-  return vector ? OptionalTensor(vector->contiguous()) : std::nullopt;
-}
-
-template <typename T>
-const T* data_or_null(const OptionalTensor& vector) {
-  return vector ? vector->const_data_ptr<T>() : nullptr;
-}
 
 // The problem of the rows of the symmetric loss: key i belongs to query i.
 inline InfonceProblem with_diagonal_target(InfonceProblem problem) {

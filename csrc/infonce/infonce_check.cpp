@@ -7,11 +7,6 @@
 namespace torchrec_pt {
 namespace {
 
-bool is_supported_float(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
-         dtype == at::kHalf;
-}
-
 void check_vector(const char* name, const OptionalTensor& vector, int64_t size, bool is_id,
                   const InfonceProblem& problem) {
   if (!vector) return;

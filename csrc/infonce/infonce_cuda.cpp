@@ -59,12 +59,11 @@ OptionalTensor minus(const OptionalTensor& a, const OptionalTensor& b) {
   return a ? *a - *b : -*b;
 }
 
-// A host's number is written by a kernel: copying it would wait for the device.
 at::Tensor temperature_on_device(const InfonceProblem& problem) {
-  if (!problem.temperature.device().is_cpu()) return problem.temperature.to(at::kFloat);
-  const double value = problem.temperature.item<double>();
-  TORCH_CHECK_VALUE(value > 0, "infonce: temperature must be positive, got ", value);
-  return at::full({}, value, problem.query.options().dtype(at::kFloat));
+  const auto& temperature = problem.temperature;
+  TORCH_CHECK_VALUE(!temperature.device().is_cpu() || temperature.item<double>() > 0,
+                    "infonce: temperature must be positive, got ", temperature.item<double>());
+  return float_on_device_of(problem.query, temperature);
 }
 
 float* pointer(const at::Tensor& vector) { return vector.mutable_data_ptr<float>(); }

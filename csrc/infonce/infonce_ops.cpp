@@ -1,17 +1,11 @@
 // The schema of infonce, and the answer to CUDA tensors where the CUDA kernels are not built.
 
-#include <c10/util/Exception.h>
 #include <torch/library.h>
+
+#include "device/refuse_cuda.h"
 
 namespace torchrec_pt {
 namespace {
-
-#ifndef TORCHREC_PT_WITH_CUDA
-void refuse_cuda(const c10::OperatorHandle&, torch::jit::Stack*) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false,
-                              "infonce: the CUDA kernel is not built; move the tensors to the CPU");
-}
-#endif
 
 TORCH_LIBRARY_FRAGMENT(torchrec_pt, m) {
   // expected_dot is E_p[q . k] of each row, positive_dot is q . k_t: the temperature's gradient
@@ -52,12 +46,16 @@ TORCH_LIBRARY_FRAGMENT(torchrec_pt, m) {
 }
 
 #ifndef TORCHREC_PT_WITH_CUDA
+constexpr char kName[] = "infonce";
+
 TORCH_LIBRARY_IMPL(torchrec_pt, CUDA, m) {
-  m.impl("infonce_forward", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
-  m.impl("infonce_backward", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
-  m.impl("infonce_sum", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
-  m.impl("infonce_symmetric_forward", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
-  m.impl("infonce_symmetric_backward", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  m.impl("infonce_forward", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda<kName>>());
+  m.impl("infonce_backward", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda<kName>>());
+  m.impl("infonce_sum", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda<kName>>());
+  m.impl("infonce_symmetric_forward",
+         torch::CppFunction::makeFromBoxedFunction<&refuse_cuda<kName>>());
+  m.impl("infonce_symmetric_backward",
+         torch::CppFunction::makeFromBoxedFunction<&refuse_cuda<kName>>());
 }
 #endif
 

@@ -74,13 +74,8 @@ struct Exclusions {
   std::int64_t size;
   std::uint64_t mass_left;  // of all others
 
-  // How many of the items are below.
-  TORCHREC_PT_HOST_DEVICE std::int64_t num_below(std::int64_t item) const {
-    return first([&](std::int64_t i) { return items[i] >= item; });
-  }
-
   TORCHREC_PT_HOST_DEVICE bool contains(std::int64_t item) const {
-    const std::int64_t i = num_below(item);
+    const std::int64_t i = first([&](std::int64_t i) { return items[i] >= item; });
     return i < size && items[i] == item;
   }
 

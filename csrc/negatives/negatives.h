@@ -9,15 +9,10 @@
 #include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 
-#include <cmath>
-#include <optional>
-#include <tuple>
-
 #include "negatives/draw.h"
+#include "tensors.h"
 
 namespace torchrec_pt {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 struct NegativesProblem {
   at::Tensor rows;    // (R,) int64 global rows, in [0, 2^32)
@@ -38,9 +33,8 @@ void check_philox(const at::Tensor& counters, const at::Tensor& key);
 
 inline ItemDistribution distribution_of(const NegativesProblem& problem) {
   const auto n = static_cast<std::uint32_t>(problem.num_items);
-  const auto* columns = problem.columns ? problem.columns->const_data_ptr<int32_t>() : nullptr;
-  const auto* mass = problem.mass ? problem.mass->const_data_ptr<int64_t>() : nullptr;
-  return {reinterpret_cast<const AliasColumn*>(columns), mass, n,
+  const auto* columns = data_or_null<int32_t>(problem.columns);
+  return {reinterpret_cast<const AliasColumn*>(columns), data_or_null<int64_t>(problem.mass), n,
           static_cast<std::uint32_t>((std::uint64_t{1} << 32) % n)};
 }
 

@@ -67,9 +67,8 @@ class Sampler {
         num_draws_(problem.num_draws),
         total_mass_(total_mass(problem)),
         rows_(problem.rows.const_data_ptr<int64_t>()),
-        exclude_(problem.exclude ? problem.exclude->const_data_ptr<int64_t>() : nullptr),
-        offsets_(problem.exclude_offsets ? problem.exclude_offsets->const_data_ptr<int64_t>()
-                                         : nullptr),
+        exclude_(data_or_null<int64_t>(problem.exclude)),
+        offsets_(data_or_null<int64_t>(problem.exclude_offsets)),
         num_excluded_(problem.exclude ? problem.exclude->numel() : 0),
         items_(items.mutable_data_ptr<int64_t>()),
         log_q_(log_q.mutable_data_ptr<float>()) {}
@@ -153,18 +152,20 @@ class Sampler {
       to_items(distribution_, coins.data(), size, log_scale, items, log_q);
     }
     if (!any_refused && excluded.is_empty()) return;
-    for (std::int64_t d = 0; d < size; ++d) {
-      const bool starts_group = d % kSuspects == 0 && d + kSuspects <= size;
-      if (starts_group && !any_suspect(distribution_, column_words.data() + d, items + d,
-                                       excluded.bits(), excluded.shift())) {
-        d += kSuspects - 1;
+    for (std::int64_t begin = 0; begin < size; begin += kSuspects) {
+      const std::int64_t end = std::min(begin + kSuspects, size);
+      const bool is_whole = end - begin == kSuspects;
+      if (is_whole && !any_suspect(distribution_, column_words.data() + begin, items + begin,
+                                   excluded.bits(), excluded.shift())) {
         continue;
       }
-      const bool is_refused = distribution_.refuses(distribution_.product(column_words[d]));
-      if (!is_refused && !excluded(static_cast<std::uint32_t>(items[d]))) continue;
-      const Drawn drawn = draw_again(distribution_, place(r, first + d), excluded.exclusions());
-      items[d] = drawn.item;
-      if (log_q) log_q[d] = drawn.log_q + log_scale;
+      for (std::int64_t d = begin; d < end; ++d) {
+        const bool is_refused = distribution_.refuses(distribution_.product(column_words[d]));
+        if (!is_refused && !excluded(static_cast<std::uint32_t>(items[d]))) continue;
+        const Drawn drawn = draw_again(distribution_, place(r, first + d), excluded.exclusions());
+        items[d] = drawn.item;
+        if (log_q) log_q[d] = drawn.log_q + log_scale;
+      }
     }
   }
 

@@ -15,10 +15,6 @@
 namespace torchrec_pt {
 namespace {
 
-const int64_t* ids_or_null(const OptionalTensor& ids) {
-  return ids ? ids->const_data_ptr<int64_t>() : nullptr;
-}
-
 std::tuple<at::Tensor, at::Tensor> sample_negatives_cuda(
     const at::Tensor& rows, int64_t num_draws, int64_t num_items, int64_t seed, int64_t step,
     const OptionalTensor& columns, const OptionalTensor& mass, const OptionalTensor& exclude,
@@ -39,8 +35,8 @@ std::tuple<at::Tensor, at::Tensor> sample_negatives_cuda(
                                           distribution_of(inputs),
                                           key_of(inputs),
                                           total_mass(inputs),
-                                          ids_or_null(exclude),
-                                          ids_or_null(exclude_offsets),
+                                          data_or_null<int64_t>(exclude),
+                                          data_or_null<int64_t>(exclude_offsets),
                                           exclude ? exclude->numel() : 0};
   const auto log_scale = columns ? at::empty({rows.size(0)}, log_q.options()) : log_q;
   const auto mass_left = at::empty({rows.size(0)}, rows.options());

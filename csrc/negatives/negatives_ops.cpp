@@ -1,17 +1,11 @@
 // The schema of negatives, and the answer to CUDA tensors where the CUDA kernels are not built.
 
-#include <c10/util/Exception.h>
 #include <torch/library.h>
+
+#include "device/refuse_cuda.h"
 
 namespace torchrec_pt {
 namespace {
-
-#ifndef TORCHREC_PT_WITH_CUDA
-void refuse_cuda(const c10::OperatorHandle&, torch::jit::Stack*) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      false, "negatives: the CUDA kernel is not built; move the tensors to the CPU");
-}
-#endif
 
 TORCH_LIBRARY_FRAGMENT(torchrec_pt, m) {
   // Random words of counters (N, 4) int64, whose elements are words, under one key (2,).
@@ -26,9 +20,11 @@ TORCH_LIBRARY_FRAGMENT(torchrec_pt, m) {
 }
 
 #ifndef TORCHREC_PT_WITH_CUDA
+constexpr char kName[] = "negatives";
+
 TORCH_LIBRARY_IMPL(torchrec_pt, CUDA, m) {
-  m.impl("philox", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
-  m.impl("sample_negatives", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  m.impl("philox", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda<kName>>());
+  m.impl("sample_negatives", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda<kName>>());
 }
 #endif
 

@@ -19,11 +19,9 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
+#include "tensors.h"
 
 namespace torchrec_pt {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 struct SampledSoftmaxProblem {
   at::Tensor query;                // (B, D) float

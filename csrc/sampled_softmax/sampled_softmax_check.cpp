@@ -8,11 +8,6 @@
 namespace torchrec_pt {
 namespace {
 
-bool is_supported_float(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
-         dtype == at::kHalf;
-}
-
 void check_shape(const char* name, const at::Tensor& tensor, at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(tensor.sizes() == shape, "sampled_softmax: ", name, " must have shape ", shape,
                     ", got ", tensor.sizes());

@@ -43,13 +43,6 @@ at::Tensor float_rows(const at::Tensor& matrix) {
   return is_aligned(rows, 4 * sizeof(float)) ? rows : rows.clone();
 }
 
-// A host's number is written by a kernel: copying it would wait for the device.
-at::Tensor temperature_on_device(const SampledSoftmaxProblem& problem) {
-  if (!problem.temperature.device().is_cpu()) return problem.temperature.to(at::kFloat);
-  return at::full({}, problem.temperature.item<double>(),
-                  problem.query.options().dtype(at::kFloat));
-}
-
 OptionalTensor to_float(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(tensor->to(at::kFloat)) : std::nullopt;
 }
@@ -90,7 +83,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sampled_softmax_forward_cuda(
   if (query.size(0) == 0) return {loss, p, direction};
 
   const auto rows = float_rows(query);
-  const auto tau = temperature_on_device(problem);
+  const auto tau = float_on_device_of(query, temperature);
   const auto of_positive = to_float(log_q_positive);
   const auto of_negatives = to_float(log_q_negatives);
   const device::SampledSoftmaxOnDevice on_device{

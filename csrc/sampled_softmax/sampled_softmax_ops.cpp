@@ -1,9 +1,9 @@
 // The schema of sampled_softmax, and the answer to CUDA tensors where the CUDA kernels are not
 // built.
 
-#include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include "device/refuse_cuda.h"
 #include "sampled_softmax/sampled_softmax.h"
 
 namespace torchrec_pt {
@@ -17,13 +17,6 @@ void sampled_softmax_check_shared(const at::Tensor& query, const at::Tensor& tab
   check_sampled_softmax_shared(
       {query, table, positive, negatives, temperature, log_q_positive, log_q_negatives});
 }
-
-#ifndef TORCHREC_PT_WITH_CUDA
-void refuse_cuda(const c10::OperatorHandle&, torch::jit::Stack*) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      false, "sampled_softmax: the CUDA kernel is not built; move the tensors to the CPU");
-}
-#endif
 
 TORCH_LIBRARY_FRAGMENT(torchrec_pt, m) {
   // Of negatives that all rows share, whose loss is made of other operators.
@@ -53,12 +46,15 @@ TORCH_LIBRARY_IMPL(torchrec_pt, CompositeExplicitAutograd, m) {
 }
 
 #ifndef TORCHREC_PT_WITH_CUDA
+constexpr char kName[] = "sampled_softmax";
+
 TORCH_LIBRARY_IMPL(torchrec_pt, CUDA, m) {
-  m.impl("sampled_softmax_forward", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  m.impl("sampled_softmax_forward",
+         torch::CppFunction::makeFromBoxedFunction<&refuse_cuda<kName>>());
   m.impl("sampled_softmax_backward_sparse",
-         torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+         torch::CppFunction::makeFromBoxedFunction<&refuse_cuda<kName>>());
   m.impl("sampled_softmax_backward_dense",
-         torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+         torch::CppFunction::makeFromBoxedFunction<&refuse_cuda<kName>>());
 }
 #endif
 

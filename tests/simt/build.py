@@ -175,9 +175,10 @@ def _hash(parts: Iterable[str]) -> str:
 
 
 def _headers(unit: _Unit) -> str:
-    """All that it may include: what stands beside it, csrc/device and the executor."""
+    """All that it may include: what stands beside it, what all of csrc shares, the executor."""
     folders = {SIMT, ROOT / "csrc" / "device", unit.source.parent}
     found = {path for at in folders for path in at.rglob("*.*h") if path.suffix in (".h", ".cuh")}
+    found |= set((ROOT / "csrc").glob("*.h"))
     return _hash(text for path in sorted(found) for text in (path.name, path.read_text()))
 
 

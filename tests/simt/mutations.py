@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +42,10 @@ def run_tests(
         sources=sorted(copies.glob("*.cu")),
         device_flags=["-O1", "-iquote", str(folder)],
     )
-    environment = os.environ | {"SIMT_OPERATORS": operator, "SIMT_LIBRARY": str(library)}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.simt.run_on_executor"]
-    command += ["-p", "no:cacheprovider", "-k", chosen]
-    command += map(str, ROOT.glob(f"tests/ops/test_{operator}*.py"))
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    environment = {**os.environ, "SIMT_LIBRARY": str(library)}
+    tests = operator_library.tests_of(operator)
+    return operator_library.run_tests(
+        operator, tests, environment, "-x", "-k", chosen, timeout_s=600
     )
 
 

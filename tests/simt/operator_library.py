@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -43,3 +45,28 @@ def build(
 def load(library: Path) -> None:
     """From now on its operators of CPU tensors run the .cu sources in the executor."""
     torch.ops.load_library(library)
+
+
+def run_tests(
+    operator: str,
+    tests: Sequence[Path],
+    environment: Mapping[str, str],
+    *options: str,
+    timeout_s: float | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Of the operator, by pytest in a process of its own (run_on_executor.py)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.simt.run_on_executor"]
+    command += ["-p", "no:cacheprovider", *options, *map(str, tests)]
+    chosen = {"SIMT_OPERATORS": operator, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**environment, **chosen},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def tests_of(operator: str) -> list[Path]:
+    return sorted(ROOT.glob(f"tests/ops/test_{operator}*.py"))

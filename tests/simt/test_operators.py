@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -24,13 +23,10 @@ FEWEST_TESTS = {"infonce": 150, "negatives": 100, "sampled_softmax": 200}
 
 def run_tests(operator: str, flavour: Flavour, seed: int) -> subprocess.CompletedProcess[str]:
     environment = sanitized_environment() if flavour == "sanitized" else dict(os.environ)
-    environment |= {"SIMT_OPERATORS": operator, "SIMT_FLAVOUR": flavour, "SIMT_SEED": str(seed)}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    tests = [*ROOT.glob(f"tests/ops/test_{operator}*.py")]
+    environment |= {"SIMT_FLAVOUR": flavour, "SIMT_SEED": str(seed)}
+    tests = operator_library.tests_of(operator)
     tests += ROOT.glob(f"tests/simt/{operator}_on_executor.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.simt.run_on_executor"]
-    command += ["-p", "no:cacheprovider", *map(str, tests)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return operator_library.run_tests(operator, tests, environment)
 
 
 Runs = dict[tuple[str, Flavour, int], Future[subprocess.CompletedProcess[str]]]

@@ -136,8 +136,9 @@ class Batch(Pipelineable):
                 if name.startswith(prefix)
             }
 
+        ids = self.ids.values()
         return Embedded(
-            ids=owned(self.ids.values()[self.places]),
+            ids={n: at.with_values(ids[at.values]) for n, at in owned(self.places).items()},
             vectors=owned(vectors),
             tensors={
                 name.removeprefix(prefix): tensor

@@ -1,8 +1,13 @@
-"""Softmax that finds one item: among the catalogue, or among sampled items."""
+"""Softmax that finds one item: among the catalogue, or among sampled items.
+
+Either has `draw` with the batch, then `loss` with the queries that the model made of it:
+
+    target: (Q,) int64, the item that each prediction should find.
+    row, position: (Q,) int64, the row of the batch that it belongs to, and its place there.
+    query: (Q, D), one for each target.
+"""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,29 +20,6 @@ from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.objectives.loss_term import LossTerm
 from torchrec_pt.ops import NegativeSampler, SampledNegatives, sampled_softmax_loss
-
-
-class ItemSoftmax(Protocol):
-    """`draw` with the batch, then `loss` with the queries that the model made of it.
-
-    Args:
-        target: (Q,) int64, the item that each prediction should find.
-        row, position: (Q,) int64, the row of the batch that it belongs to, and its place there.
-        query: (Q, D), one for each target.
-    """
-
-    needs_catalogue: bool
-
-    def draw(self, target: Tensor, rows: Rows, row: Tensor, position: Tensor) -> Draw: ...
-
-    def loss(
-        self,
-        query: Tensor,
-        backbone: Backbone,
-        drawn: Embedded,
-        catalogue: Catalogue | None,
-        temperature: float,
-    ) -> LossTerm: ...
 
 
 class CatalogueSoftmax:
@@ -129,6 +111,9 @@ class SampledSoftmax:
             sparse=False,
         )
         return LossTerm(total, query.new_tensor(float(len(query))))
+
+
+ItemSoftmax = CatalogueSoftmax | SampledSoftmax
 
 
 def build_sampler(
