@@ -23,7 +23,8 @@ from torchrec_pt.objectives.contrastive import ContrastiveObjective
 from torchrec_pt.objectives.item_softmax import SampledSoftmax
 from torchrec_pt.objectives.masked_item import MaskedItemObjective
 from torchrec_pt.objectives.next_item import NextItemObjective
-from torchrec_pt.sharding import Placement, fill_item_table, settle_placement, shard
+from torchrec_pt.placement import Placement, settle_placement
+from torchrec_pt.sharding import fill_item_table, shard
 from torchrec_pt.tasks.ctr import CtrTask
 from torchrec_pt.tasks.pairs import PairTask
 from torchrec_pt.tasks.ranking import RankingTask
@@ -122,11 +123,11 @@ def _build_unfilled(
 ) -> Built:
     """The same, but for the item table, which holds nothing yet."""
     table = config.model.item_table
-    placement = settle_placement(table, dataset.num_items, config.model.dim)
+    placement = settle_placement(table, dataset.num_items, config.model.dim, ranks.device.type)
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.model, dataset)
     learner = Learner(backbone, objectives, placement, ranks)
-    model = shard(learner, placement, table, train, ranks)
+    model = shard(learner, placement, train, ranks)
     return Built(learner, model, placement)
 
 

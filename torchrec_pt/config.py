@@ -124,9 +124,20 @@ class TableConfig(Section):
 
     `replicated` keeps the whole table on every rank under DDP; the other
     placements shard it through TorchRec, with an optimizer fused into backward.
+    `planner` leaves it to TorchRec's planner how. `adamw` needs a replicated
+    table; the other optimizers train alike in every placement.
     """
 
-    placement: Literal["auto", "replicated", "table_wise", "row_wise", "column_wise"] = "auto"
+    placement: Literal[
+        "auto",
+        "planner",
+        "replicated",
+        "table_wise",
+        "row_wise",
+        "column_wise",
+        "table_row_wise",
+        "grid",
+    ] = "auto"
     optimizer: Literal["auto", "adamw", "sgd", "adagrad", "rowwise_adagrad"] = "auto"
     learning_rate: float | None = Field(None, gt=0, description="default: that of the stage")
     replicated_max_mb: float = Field(256, gt=0, description="`auto` replicates below this")

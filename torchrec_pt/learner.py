@@ -13,7 +13,7 @@ from torchrec_pt.distributed import Ranks, sum_over_ranks
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.objectives.loss_term import LossTerm, Objective
-from torchrec_pt.sharding import Placement
+from torchrec_pt.placement import Placement
 
 
 class StepLoss(NamedTuple):

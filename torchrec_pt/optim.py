@@ -1,4 +1,4 @@
-"""Optimizers of a stage: AdamW for what DDP holds, fused ones for sharded tables, one schedule."""
+"""Optimizers of a stage: AdamW, the item table's own, dense or fused, and one schedule."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from torch import Tensor, nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_pt.config import TrainConfig
-from torchrec_pt.sharding import Placement
+from torchrec_pt.placement import Placement
+from torchrec_pt.sharding import EPS, is_item_table
 
 
 class Optimizers:
-    """The dense optimizer, the fused ones, and the learning rate that both follow."""
+    """AdamW for what DDP holds, the item table's own optimizer, and the schedule that all follow.
+
+    Where the table has an optimizer of its own it takes the same steps in every placement, fused
+    or dense, with the same `eps`, the same state and no weight decay. Clipping is by the norm of
+    all gradients, a replicated table's among them. The state exists, all zeros, from the start.
+    """
 
     def __init__(
         self,
@@ -34,54 +41,66 @@ class Optimizers:
         self.fused = model.fused_optimizer
         parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
         self.parameters = {n: p for n, p in parameters.items() if p.requires_grad}
-        self.dense = KeyedOptimizerWrapper(
-            self.parameters,
-            lambda params: torch.optim.AdamW(
-                _decay_groups(params, config.weight_decay), lr=config.learning_rate, fused=True
-            ),
+        table = {n: p for n, p in self.parameters.items() if is_item_table(n)}
+        table_rate = placement.learning_rate or config.learning_rate
+        has_own = placement.optimizer != "adamw"
+        others = {n: p for n, p in self.parameters.items() if not (has_own and n in table)}
+        groups = _adamw_groups(others, config.weight_decay, table_rate)
+        self.adamw = KeyedOptimizerWrapper(
+            others, lambda _: torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         )
+        self.dense = [self.adamw]
+        if has_own and table:
+            self.dense.append(_dense_table_optimizer(table, placement.optimizer, table_rate))
         self._base_rates = [
             (group, group["lr"])
-            for optimizer in (self.dense, self.fused)
+            for optimizer in (*self.dense, self.fused)
             for group in optimizer.param_groups
         ]
+        self._init_state()
 
     def step(self) -> None:
         """Clip and apply the dense gradients; fused tables were updated in backward."""
         if self.config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm)
-        self.dense.step()
+        for optimizer in self.dense:
+            optimizer.step()
 
     def prepare(self, step: int) -> None:
         """Set step's learning rate and clear the gradients; call it before forward."""
         factor = schedule_factor(self.config, step, self.num_steps)
         for group, rate in self._base_rates:
             group["lr"] = rate * factor
-        self.dense.zero_grad()
+        for optimizer in self.dense:
+            optimizer.zero_grad()
         self.fused.step()  # hands the learning rate to the kernels; the rows are not touched
 
-    def init_state(self) -> None:
-        """Make the dense state exist, all zeros, before the first step.
-
-        AdamW makes it lazily; a checkpoint of step 0 would hold none, and none could be loaded.
-        """
-        saved = [p.detach().clone() for p in self.parameters.values()]
-        self.dense.init_state()  # a step with zero gradients, whose decay is taken back here
-        self.dense.zero_grad()
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters.values(), saved, strict=True):
-                parameter.copy_(value)
-                for state in self.dense.state[parameter].values():
-                    state.zero_()
+    def _init_state(self) -> None:
+        """AdamW makes its state lazily; a checkpoint of step 0 would hold none."""
+        for group, _ in self._base_rates:
+            group["lr"] = 0.0
+        for optimizer in self.dense:
+            optimizer.init_state()  # a step with zero gradients, at a rate that moves nothing
+            optimizer.zero_grad()
+            for state in optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+        for group, rate in self._base_rates:
+            group["lr"] = rate
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors of both, named "<parameter>.<what>"; ShardedTensors where a table is sharded."""
-        return {
-            f"{name}.{what}": value
-            for optimizer in (self.dense, self.fused)
-            for name, values in optimizer.state_dict()["state"].items()
-            for what, value in values.items()
-        }
+        """The live tensors, named "<parameter>.<what>"; ShardedTensors where a table is sharded.
+
+        A table's own optimizer has one `sum` (of squared gradients) or nothing, under the same
+        name and of the same shape in every placement: (num_items, dim) or, row-wise, (num_items,).
+        """
+        found: dict[str, Tensor] = {}
+        for optimizer in (*self.dense, self.fused):
+            for name, values in optimizer.state_dict()["state"].items():
+                is_own = is_item_table(name) and optimizer is not self.adamw
+                saved = _own_state(values) if is_own else values
+                found |= {f"{name}.{what}": value for what, value in saved.items()}
+        return found
 
 
 def schedule_factor(config: TrainConfig, step: int, num_steps: int) -> float:
@@ -96,13 +115,50 @@ def schedule_factor(config: TrainConfig, step: int, num_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def _decay_groups(params: list[Tensor], weight_decay: float) -> list[dict[str, object]]:
-    """Biases, norms and single vectors are not decayed."""
+def _dense_table_optimizer(
+    table: dict[str, Tensor], optimizer: str, learning_rate: float
+) -> KeyedOptimizerWrapper:
+    """What FBGEMM fuses into the backward of a sharded table, for one that is replicated."""
+    if optimizer == "sgd":
+        return KeyedOptimizerWrapper(
+            table, lambda params: torch.optim.SGD(params, lr=learning_rate, fused=True)
+        )
+    if optimizer == "adagrad":
+        return KeyedOptimizerWrapper(
+            table,
+            lambda params: torch.optim.Adagrad(params, lr=learning_rate, eps=EPS, fused=True),
+        )
+    return KeyedOptimizerWrapper(
+        table, lambda params: RowWiseAdagrad(params, lr=learning_rate, eps=EPS)
+    )
+
+
+def _own_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sum of squared gradients from the dense or fused state of a table's own optimizer.
+
+    Dense: `sum`, row-wise (num_items, 1), and a `step` that only a decaying rate would read.
+    Fused: "<table>.momentum1".
+    """
+    own: dict[str, Tensor] = {}
+    for what, value in state.items():
+        if what == "sum" or what.endswith(".momentum1"):
+            is_column = value.dim() == 2 and value.size(1) == 1
+            own["sum"] = value.view(-1) if is_column else value
+    return own
+
+
+def _adamw_groups(
+    parameters: dict[str, Tensor], weight_decay: float, table_rate: float
+) -> list[dict[str, object]]:
+    """Biases, norms and single vectors are not decayed; the item table may have its own rate."""
 
     def is_matrix(p: Tensor) -> bool:
         return p.dim() > 1 and p.shape[1] > 1  # a table of width 1 holds biases
 
+    table = [p for n, p in parameters.items() if is_item_table(n)]
+    others = [p for n, p in parameters.items() if not is_item_table(n)]
     return [
-        {"params": [p for p in params if is_matrix(p)], "weight_decay": weight_decay},
-        {"params": [p for p in params if not is_matrix(p)], "weight_decay": 0.0},
+        {"params": [p for p in others if is_matrix(p)], "weight_decay": weight_decay},
+        {"params": [p for p in others if not is_matrix(p)], "weight_decay": 0.0},
+        {"params": table, "weight_decay": weight_decay, "lr": table_rate},
     ]

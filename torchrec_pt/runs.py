@@ -2,7 +2,7 @@
 
 <run_dir>/prepared/            the prepared dataset
 <run_dir>/config.json          the resolved configuration
-<run_dir>/pretrain/            checkpoints/, tensorboard/, result.json
+<run_dir>/pretrain/            checkpoints/, tensorboard/, plan.json, result.json
 <run_dir>/finetune/<task>/     pretrained/ and scratch/, each like pretrain/
 <run_dir>/evaluate/            result.json; ranking.parquet (metrics of each user), ctr.parquet and
                                rating.parquet (each test interaction with its predictions)
@@ -22,6 +22,7 @@ from typing import Any
 from torchrec_pt.config import RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.files import write_json
+from torchrec_pt.placement import settle_optimizer
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,17 @@ def finished_stages(config: RunConfig, dataset: PreparedDataset) -> dict[str, St
 def stage_fingerprint(
     config: RunConfig, dataset: PreparedDataset, train: TrainConfig, start: str | None
 ) -> str:
-    """Names everything that a training stage's result depends on; `start`: where it starts from."""
+    """Names everything that a training stage's result depends on; `start`: where it starts from.
+
+    The item table's optimizer is a part of it and its placement is not, so a stage goes on
+    under another plan and on another number of ranks.
+    """
+    table = config.model.item_table
     parts = (
         dataset.manifest.fingerprint,
-        config.model.digest(),
+        config.model.digest(exclude=frozenset({"item_table"})),
+        settle_optimizer(table, dataset.num_items, config.model.dim),
+        table.learning_rate or train.learning_rate,
         train.digest(exclude=frozenset({"control", "keep_checkpoints"})),
         config.seed,
         start,

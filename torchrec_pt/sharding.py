@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -28,9 +27,10 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_pt import rng
-from torchrec_pt.config import TableConfig, TrainConfig
+from torchrec_pt.config import TrainConfig
 from torchrec_pt.data.batch import ITEM
 from torchrec_pt.distributed import Ranks
+from torchrec_pt.placement import Placement
 
 # TorchRec and torch speak at every start of things that their user can do nothing about.
 logging.getLogger("torchrec.distributed.planner").setLevel(logging.WARNING)
@@ -47,49 +47,20 @@ FUSED_OPTIMIZERS = {
 }
 
 
-@dataclass(frozen=True)
-class Placement:
-    """A table's settled placement and optimizer; `fused` is None for a replicated table."""
+# FBGEMM's own; the dense optimizers of torch have 1e-10 and must be told.
+EPS = 1e-8
 
-    kind: str
-    optimizer: str
-    fused: type[torch.optim.Optimizer] | None
+_ITEM_WEIGHT = f".embeddings.{ITEM}.weight"  # how the name of the item table's parameter ends
+_BLOCK_ROWS = 1 << 16  # rows that are filled at a time
 
 
-def settle_placement(table: TableConfig, num_items: int, dim: int) -> Placement:
-    """Resolve `auto`, and refuse what cannot be trained.
-
-    Raises:
-        ValueError: a placement and an optimizer that do not go together.
-    """
-    kind, optimizer = table.placement, table.optimizer
-    if kind == "auto":
-        megabytes = num_items * dim * 4 / 2**20
-        # An optimizer that only a sharded table has decides for one.
-        is_small = megabytes < table.replicated_max_mb and optimizer not in FUSED_OPTIMIZERS
-        kind = "replicated" if is_small else "row_wise"
-    if optimizer == "auto":
-        optimizer = "adamw" if kind == "replicated" else "rowwise_adagrad"
-    if kind == "replicated" and optimizer != "adamw":
-        raise ValueError(
-            f"model.item_table: a replicated table is updated by adamw, given {optimizer}; "
-            'set placement to "row_wise", or optimizer to "adamw"'
-        )
-    if kind != "replicated" and optimizer == "adamw":
-        raise ValueError(
-            f"model.item_table: a {kind} table fuses its optimizer into backward, where CPU has no "
-            'adamw; set optimizer to "rowwise_adagrad", or placement to "replicated"'
-        )
-    if kind == "column_wise" and optimizer == "rowwise_adagrad":
-        raise ValueError(
-            "model.item_table: rowwise_adagrad keeps one state per column shard and is not exact "
-            'under column_wise; set optimizer to "adagrad" or "sgd"'
-        )
-    return Placement(kind, optimizer, FUSED_OPTIMIZERS.get(optimizer))
+def is_item_table(parameter: str) -> bool:
+    """Whether a parameter or its state in a state dict, by its name, is the item table's."""
+    return parameter.endswith(_ITEM_WEIGHT)
 
 
 def shard(
-    module: nn.Module, placement: Placement, table: TableConfig, train: TrainConfig, ranks: Ranks
+    module: nn.Module, placement: Placement, train: TrainConfig, ranks: Ranks
 ) -> DistributedModelParallel:
     """Place the module on the ranks: its item table as settled, everything else under DDP.
 
@@ -103,11 +74,19 @@ def shard(
         collection.to_empty(device=ranks.device)
     else:
         weight = collection.embeddings[ITEM].weight
-        rate = table.learning_rate or train.learning_rate
-        _apply_optimizer_in_backward(placement.fused, [weight], {"lr": rate})
+        settings = {"lr": placement.learning_rate or train.learning_rate}
+        if placement.fused != "sgd":
+            settings["eps"] = EPS
+        _apply_optimizer_in_backward(FUSED_OPTIMIZERS[placement.fused], [weight], settings)
         planner = EmbeddingShardingPlanner(
             topology=_topology(ranks),
-            constraints={ITEM: ParameterConstraints(sharding_types=[placement.kind])},
+            constraints={
+                ITEM: ParameterConstraints(
+                    sharding_types=placement.sharding_types,
+                    # TorchRec's own is 128 columns, which would leave most tables whole.
+                    min_partition=max(4, -(-weight.shape[1] // ranks.world_size)),
+                )
+            },
             storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
         )
         plan = planner.collective_plan(module, sharders, dist.group.WORLD)
@@ -138,20 +117,21 @@ def _topology(ranks: Ranks) -> Topology:
 def fill_item_table(model: DistributedModelParallel, seed: int) -> None:
     """Normal rows of deviation 0.02, each a function of (seed, row): alike in any placement."""
     for name, value in model.state_dict().items():
-        if not name.endswith(f"{ITEM}.weight"):
+        if not is_item_table(name):
             continue
+        dim = value.size(1)
         if isinstance(value, ShardedTensor):
             for part in value.local_shards():
-                (row, column), (num_rows, num_columns) = (
-                    part.metadata.shard_offsets,
-                    part.metadata.shard_sizes,
-                )
-                filled = _initial_rows(row, num_rows, value.size(1), seed, part.tensor.device)
-                part.tensor.copy_(filled[:, column : column + num_columns])
+                first_row, first_column = part.metadata.shard_offsets
+                _fill(part.tensor, first_row, first_column, dim, seed)
         else:
-            value.copy_(_initial_rows(0, len(value), value.shape[1], seed, value.device))
+            _fill(value, 0, 0, dim, seed)
 
 
-def _initial_rows(begin: int, num_rows: int, dim: int, seed: int, device: torch.device) -> Tensor:
-    rows = torch.arange(begin, begin + num_rows, device=device)
-    return rng.normal_rows(rows, dim, seed, "item_table") * INIT_STD
+def _fill(part: Tensor, first_row: int, first_column: int, dim: int, seed: int) -> None:
+    """Fill a part of a table of `dim` columns, in blocks: the hashes of a row take several rows."""
+    columns = slice(first_column, first_column + part.shape[1])
+    for begin in range(0, len(part), _BLOCK_ROWS):
+        block = part[begin : begin + _BLOCK_ROWS]
+        rows = torch.arange(len(block), device=part.device) + first_row + begin
+        block.copy_(rng.normal_rows(rows, dim, seed, "item_table")[:, columns] * INIT_STD)

@@ -17,6 +17,7 @@ from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, joined_ranks, raised_together
 from torchrec_pt.files import write_json
 from torchrec_pt.optim import Optimizers
+from torchrec_pt.plan import is_worth_showing, render_plan, table_plans, write_plan
 from torchrec_pt.runs import StageResult, load_result, stage_fingerprint
 from torchrec_pt.train import Trainer
 from torchrec_pt.transfer import load_pretrained
@@ -96,6 +97,12 @@ def train_stage(
     optimizers = Optimizers(
         built.model, train, built.placement, train.epochs * loader.steps_per_epoch
     )
+    plans = table_plans(built.model, optimizers.state())
+    with raised_together():
+        if stage.console is not None and is_worth_showing(plans):
+            stage.console.print(render_plan(plans))
+        if ranks.is_first:
+            write_plan(path / "plan.json", plans)
     trainer = Trainer(
         built.model,
         built.learner,

@@ -90,7 +90,6 @@ class Trainer:
             TrainingError: the loss became NaN or infinite.
         """
         writer = EventFile(self.folder / "tensorboard") if self.ranks.is_first else None
-        self.optimizers.init_state()
         if not self._resume():
             self._validate_and_save(validate, {}, writer)
         num_steps = self.optimizers.num_steps

@@ -19,7 +19,8 @@ from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import joined_ranks
 from torchrec_pt.models.feature_encoder import FeatureEncoder
 from torchrec_pt.models.item_table import ItemTable
-from torchrec_pt.sharding import fill_item_table, settle_placement, shard
+from torchrec_pt.placement import settle_placement
+from torchrec_pt.sharding import fill_item_table, shard
 
 DIM = 8
 ODD_NAMES = ["a.b", "a b", "a_b", "a:b", "a%2E%b", "größe", "色", "a\u0301", "á", "", "weight"]
@@ -261,8 +262,8 @@ def test_it_trains_beside_an_item_table_of_any_placement(
     ids = torch.tensor([3, 0, 3, 19])
     with joined_ranks() as ranks:
         torch.manual_seed(0)
-        settled = settle_placement(table, features.num_rows, DIM)
-        model = shard(Both(features), settled, table, train, ranks)
+        settled = settle_placement(table, features.num_rows, DIM, "cpu")
+        model = shard(Both(features), settled, train, ranks)
         fill_item_table(model, seed=0)
         encoder = model.module.features
         assert isinstance(encoder.tables, EmbeddingBagCollection if categorical else type(None))
