@@ -1,4 +1,4 @@
-"""Losses of the first steps of many small trainings; run by one process or by torchrun.
+"""Losses and tables of many small trainings; run by one process or by torchrun.
 
 python losses.py PREPARED CASES.json OUT.json
 """
@@ -10,15 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from torchrec_pt import checkpoint
 from torchrec_pt.build import build_learner, build_objectives, build_task
 from torchrec_pt.config import RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
-from torchrec_pt.distributed import Ranks, joined_ranks
+from torchrec_pt.distributed import Ranks, gather_objects, joined_ranks
 from torchrec_pt.evaluate import held_out, predict_pairs, rank_targets
 from torchrec_pt.optim import Optimizers
+from torchrec_pt.plan import table_plans
 from torchrec_pt.scoring import ModelScorer
 from torchrec_pt.tasks.pairs import PairTask, held_out_pairs
 
@@ -26,8 +30,13 @@ EPOCHS = 2
 
 
 def train(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> dict[str, Any]:
-    """Mean losses of every step, and the ranks of the test items afterwards."""
-    config = RunConfig.model_validate(case)
+    """Mean losses of every step, the tables, and the ranks of the test items afterwards.
+
+    Args:
+        case: "config"; "save", a folder for a checkpoint after the first epoch; "load", such a
+            folder to go on from (which ends without the test items).
+    """
+    config = RunConfig.model_validate(case["config"])
     settings: TrainConfig
     objectives: list[nn.Module]
     if config.finetune.tasks:
@@ -46,9 +55,17 @@ def train(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> dict[
         ranks=ranks,
     )
     optimizers = Optimizers(built.model, settings, built.placement, 100)
+    before = whole_tables(built.model.state_dict())
+    tensors = {**built.model.state_dict(), **optimizers.state()}
     losses = []
-    step = 0
-    for epoch in range(EPOCHS):
+    first, step = 0, 0
+    if "load" in case:
+        (path,) = checkpoint.saved(Path(case["load"]))
+        checkpoint.load(path, tensors)
+        first, step = 1, loader.steps_per_epoch
+    for epoch in range(first, EPOCHS):
+        if epoch == 1 and "save" in case:
+            checkpoint.save(Path(case["save"]), step, tensors, {}, ranks)
         for rows in loader.steps(epoch):
             optimizers.prepare(step)
             out = built.model(built.learner.draw(rows))
@@ -56,16 +73,51 @@ def train(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> dict[
             optimizers.step()
             losses.append(out.means.tolist())
             step += 1
+    state = optimizers.state()
+    (item_plan,) = (p for p in table_plans(built.model, state) if p.table == "item")
+    result: dict[str, Any] = {
+        "losses": losses,
+        "before": before,
+        "after": whole_tables(built.model.state_dict()),
+        "state": whole_tables(state),
+        "plan": [item_plan.kind, len(item_plan.ranks)],
+    }
+    if "load" in case:
+        return result
     backbone = built.learner.backbone.eval()
     scorer = ModelScorer(backbone, dataset.history("valid"), ranks)
     asked = held_out(dataset, "test")
     found = rank_targets(scorer, asked, dataset.num_items, ranks, batch_size=7)
-    result = {"losses": losses, "ranks": found.values.tolist()}
+    result["ranks"] = found.values.tolist()
     if isinstance(objectives[0], PairTask):
         pairs = held_out_pairs(dataset, "test")
         predictions = predict_pairs(built.learner, objectives[0], pairs, ranks, batch_size=7)
         result["predictions"] = predictions.tolist()
     return result
+
+
+def whole_tables(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """TorchRec's tables and their optimizer state, put together from the parts of all ranks."""
+    parts = {
+        name: [(part.metadata.shard_offsets, part.tensor.tolist()) for part in value.local_shards()]
+        if isinstance(value, ShardedTensor)
+        else [([0] * value.dim(), value.tolist())]
+        for name, value in tensors.items()
+        if ".embeddings." in name or ".embedding_bags." in name
+    }
+    of_ranks = gather_objects(parts)
+    sizes = {name: tuple(tensors[name].size()) for name in parts}
+    all_sizes = {name: size for held in gather_objects(sizes) for name, size in held.items()}
+    tables = {}
+    for name, size in all_sizes.items():
+        whole = torch.full(size, torch.nan)
+        for held in of_ranks:
+            for offsets, values in held.get(name, ()):
+                part = torch.tensor(values)
+                ends = zip(offsets, part.shape, strict=True)
+                whole[tuple(slice(at, at + num) for at, num in ends)] = part
+        tables[name] = whole.tolist()
+    return tables
 
 
 def main(prepared: Path, cases: Path, out: Path) -> None:
