@@ -51,7 +51,7 @@ FUSED_OPTIMIZERS = {
 EPS = 1e-8
 
 _ITEM_WEIGHT = f".embeddings.{ITEM}.weight"  # how the name of the item table's parameter ends
-_BLOCK_ROWS = 1 << 16  # rows that are filled at a time
+_BLOCK_ROWS = 1 << 14  # rows that are filled at a time
 
 
 def is_item_table(parameter: str) -> bool:
