@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from tests.conftest import tiny_config
-from torchrec_pt.config import TableConfig
+from torchrec_pt.config import TableConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.distributed import joined_ranks
+from torchrec_pt.models.item_table import ItemTable
 from torchrec_pt.placement import Placement, settle_placement
 from torchrec_pt.runs import stage_fingerprint
+from torchrec_pt.sharding import shard
 
 BIG, SMALL, DIM = 10_000_000, 100, 64
 
@@ -67,6 +71,17 @@ def test_what_cannot_be_trained_is_refused_by_one_line(table: dict[str, Any], me
 def test_kinds_of_pooled_tables_are_refused_on_cuda_too() -> None:
     with pytest.raises(ValueError, match="grid shards pooled lookups"):
         _settle(device_type="cuda", placement="grid")
+
+
+def test_a_table_without_room_is_refused_by_one_line() -> None:
+    table = nn.Sequential(ItemTable(2**31, DIM))  # 512 GB, on the meta device
+    with (
+        joined_ranks() as ranks,
+        pytest.raises(ValueError, match=r"^model\.item_table: ") as caught,
+    ):
+        shard(table, _settle(placement="table_wise"), TrainConfig(), ranks)
+    assert "finds no room for it (insufficient_storage); use more ranks" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # --- fingerprints -------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import (
     KernelConfig,
     ParameterConstraints,
+    PlannerError,
     Topology,
     TopologyFactory,
     TrainerConfig,
@@ -29,7 +30,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec_pt import rng
 from torchrec_pt.config import TrainConfig
 from torchrec_pt.data.batch import ITEM
-from torchrec_pt.distributed import Ranks
+from torchrec_pt.distributed import Ranks, gather_objects, raised_together
 from torchrec_pt.placement import Placement
 
 # TorchRec and torch speak at every start of things that their user can do nothing about.
@@ -66,6 +67,9 @@ def shard(
 
     The table's rows hold nothing yet; `fill_item_table` or a checkpoint gives them their values.
     A single process skips DDP.
+
+    Raises:
+        ValueError: a table that the planner cannot place.
     """
     sharders = [cast(ModuleSharder[nn.Module], EmbeddingCollectionSharder())]
     plan = ShardingPlan(plan={})
@@ -89,7 +93,7 @@ def shard(
             },
             storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
         )
-        plan = planner.collective_plan(module, sharders, dist.group.WORLD)
+        plan = _planned(planner, module, sharders, ranks)
     model = DistributedModelParallel(
         module,
         env=ShardingEnv.from_process_group(dist.group.WORLD),
@@ -101,6 +105,29 @@ def shard(
     if ranks.world_size == 1:
         model.module.to(ranks.device)  # what DDP would have done
     return model
+
+
+def _planned(
+    planner: EmbeddingShardingPlanner,
+    module: nn.Module,
+    sharders: list[ModuleSharder[nn.Module]],
+    ranks: Ranks,
+) -> ShardingPlan:
+    """The first rank's plan; what it cannot plan is raised on every rank."""
+    plan: ShardingPlan | None = None
+    with raised_together():
+        if ranks.is_first:
+            try:
+                plan = planner.plan(module, sharders)
+            except PlannerError as error:
+                raise ValueError(
+                    "model.item_table: TorchRec's planner finds no room for it "
+                    f"({error.error_type.value}); use more ranks, a smaller dim, or a placement "
+                    'that splits it, such as "row_wise"'
+                ) from None
+    plan = gather_objects(plan)[0]
+    assert plan is not None
+    return plan
 
 
 def _topology(ranks: Ranks) -> Topology:
