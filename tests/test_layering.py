@@ -20,7 +20,7 @@ LAYERS = (
     {"models", "sharding", "ring", "negatives"},
     {"objectives", "tasks"},
     {"learner", "optim"},
-    {"build", "train", "transfer", "scoring", "evaluate", "baselines"},
+    {"build", "train", "train_pipeline", "transfer", "scoring", "evaluate", "baselines"},
     {"validation", "export", "recommender", "report"},
     {"stages"},
     {"evaluation"},

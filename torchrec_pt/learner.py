@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,20 @@ class StepLoss(NamedTuple):
     means: Tensor
 
 
+class _Untraced(nn.Module):
+    """A function as one node: `TrainPipelineSparseDist` traces calls, but not into such a module.
+
+    A plain attribute, `function` registers none of the modules that it reaches.
+    """
+
+    def __init__(self, function: Callable[[Batch, Tensor], StepLoss]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, batch: Batch, looked_up: Tensor) -> StepLoss:
+        return self.function(batch, looked_up)
+
+
 class Learner(nn.Module):
     def __init__(
         self,
@@ -44,6 +58,7 @@ class Learner(nn.Module):
         self._needs_catalogue = any(o.needs_catalogue for o in self._objectives())
         self._looks_up_catalogue = self._needs_catalogue and placement.fused is not None
         self._catalogue_range = ranks.part_of(backbone.items.num_items)
+        self._untraced_loss = _Untraced(self._loss)
 
     @property
     def names(self) -> list[str]:
@@ -58,7 +73,11 @@ class Learner(nn.Module):
         return assemble(rows, draws, self._catalogue_range if self._looks_up_catalogue else None)
 
     def forward(self, batch: Batch) -> StepLoss:
-        vectors, catalogue_rows = batch.spread(self.backbone.items(batch.ids))
+        loss: StepLoss = self._untraced_loss(batch, self.backbone.items(batch.ids))
+        return loss
+
+    def _loss(self, batch: Batch, looked_up: Tensor) -> StepLoss:
+        vectors, catalogue_rows = batch.spread(looked_up)
         catalogue = self._catalogue(catalogue_rows) if self._needs_catalogue else None
         terms: list[LossTerm] = []
         for objective in self._objectives():

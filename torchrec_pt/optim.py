@@ -52,12 +52,15 @@ class Optimizers:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm)
         self.dense.step()
 
+    def zero_grad(self) -> None:
+        self.dense.zero_grad()
+
     def prepare(self, step: int) -> None:
         """Set step's learning rate and clear the gradients; call it before forward."""
         factor = schedule_factor(self.config, step, self.num_steps)
         for group, rate in self._base_rates:
             group["lr"] = rate * factor
-        self.dense.zero_grad()
+        self.zero_grad()
         self.fused.step()  # hands the learning rate to the kernels; the rows are not touched
 
     def init_state(self) -> None:
