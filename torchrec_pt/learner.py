@@ -43,6 +43,8 @@ class _Untraced(nn.Module):
 
 
 class Learner(nn.Module):
+    _scales: Tensor
+
     def __init__(
         self,
         backbone: Backbone,
@@ -54,7 +56,8 @@ class Learner(nn.Module):
         self.backbone = backbone
         self.objectives = nn.ModuleDict({str(o.name): o for o in objectives})
         self.ranks = ranks
-        self._scales = torch.tensor([float(o.scale) for o in self._objectives()])
+        scales = torch.tensor([float(o.scale) for o in self._objectives()])
+        self.register_buffer("_scales", scales, persistent=False)  # on the device from the start
         self._needs_catalogue = any(o.needs_catalogue for o in self._objectives())
         self._looks_up_catalogue = self._needs_catalogue and placement.fused is not None
         self._catalogue_range = ranks.part_of(backbone.items.num_items)
@@ -87,7 +90,7 @@ class Learner(nn.Module):
         weights = torch.stack([term.weight for term in terms])
         sums = sum_over_ranks(torch.stack([totals, weights]))
         global_weights = sums[1].clamp(min=torch.finfo(torch.float32).tiny)
-        scales = self._scales.to(totals.device) * self.ranks.world_size / global_weights
+        scales = self._scales * self.ranks.world_size / global_weights
         return StepLoss(loss=(totals * scales).sum(), means=sums[0] / global_weights)
 
     def _catalogue(self, rows: Tensor) -> Catalogue:
