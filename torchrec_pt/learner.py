@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +30,19 @@ class StepLoss(NamedTuple):
 
 
 class _Untraced(nn.Module):
-    """A function as one node: `TrainPipelineSparseDist` traces calls, but not into such a module.
+    """A method as one node: `TrainPipelineSparseDist` traces calls, but not into such a module.
 
-    A plain attribute, `function` registers none of the modules that it reaches.
+    Held weakly: none of the method's modules is registered twice, and no circle is closed.
     """
 
-    def __init__(self, function: Callable[[Batch, Tensor], StepLoss]) -> None:
+    def __init__(self, method: Callable[[Batch, Tensor], StepLoss]) -> None:
         super().__init__()
-        self.function = function
+        self._method = WeakMethod(method)
 
     def forward(self, batch: Batch, looked_up: Tensor) -> StepLoss:
-        return self.function(batch, looked_up)
+        method = self._method()
+        assert method is not None
+        return method(batch, looked_up)
 
 
 class Learner(nn.Module):

@@ -17,12 +17,14 @@ from torch import Tensor
 from tests.conftest import FEATURES, tiny_config
 from tests.training.both_ways import POISONED_STEP, going, recorded
 from torchrec_pt import pipeline
+from torchrec_pt.build import build_learner
 from torchrec_pt.config import TrainConfig
 from torchrec_pt.data.batch import Batch
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.distributed import joined_ranks
 from torchrec_pt.optim import schedule_factor
 from torchrec_pt.train import Trainer
-from torchrec_pt.train_pipeline import TakenStep
+from torchrec_pt.train_pipeline import TakenStep, suits_pipeline
 
 WORKER = Path(__file__).parent / "both_ways.py"
 # 37 users in batches of 10: the last is 7, which two ranks do not divide.
@@ -38,7 +40,6 @@ STEPS_PER_EPOCH, NUM_STEPS = 4, 8
 NEXT = {"name": "next_item"}
 MASKED = {"name": "masked_item"}
 VIEWS = {"name": "contrastive", "weight": 0.5, "learn_temperature": True}
-PAIRS = {"name": "contrastive", "pairs": "user_item"}
 OWN = {"negatives": {"num": 7}}
 SHARED = {"negatives": {"num": 13, "shared": True}}
 ROW_WISE = {"placement": "row_wise", "optimizer": "rowwise_adagrad"}
@@ -70,7 +71,6 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         cases[f"{at}, catalogue"] = pretrain(table, NEXT)
         cases[f"{at}, ctr"] = ctr(table)
     cases["row_wise, contrastive"] = pretrain(ROW_WISE, VIEWS, attention=both)
-    cases["table_wise, contrastive"] = pretrain(TABLE_WISE, PAIRS)
     cases["table_wise, several"] = pretrain(TABLE_WISE, {**MASKED, **SHARED}, VIEWS, attention=both)
     column_wise = {"placement": "column_wise", "optimizer": "sgd"}
     cases["column_wise, several"] = pretrain(column_wise, MASKED, VIEWS, attention=both)
@@ -157,6 +157,18 @@ def test_every_rank_names_the_rows_of_the_rank_whose_loss_is_not_finite(
 
 
 # --- in this process ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", [ROW_WISE, TABLE_WISE, {}], ids=["row", "table", "replicated"])
+def test_a_sharded_table_on_cuda_goes_through_the_pipeline(
+    cycle: PreparedDataset, cycle_folder: Path, table: dict[str, Any]
+) -> None:
+    model = {"dim": 16, "num_layers": 1, "max_length": 8, "item_table": table}
+    config = tiny_config(cycle_folder, model=model)
+    with joined_ranks() as ranks:
+        learner = build_learner(config, TrainConfig(), [], cycle, ranks).learner
+        assert suits_pipeline(learner, torch.device("cuda", 0)) == bool(table)
+        assert not suits_pipeline(learner, ranks.device)
 
 
 def test_a_killed_pipeline_resumes_and_ends_as_the_uninterrupted_one(
