@@ -30,7 +30,7 @@ LAYERS = (
     {"models", "sharding", "ring", "negatives"},
     {"objectives", "tasks"},
     {"learner", "optim"},
-    {"build", "plan", "train", "transfer", "scoring", "evaluate", "baselines"},
+    {"build", "plan", "train", "train_pipeline", "transfer", "scoring", "evaluate", "baselines"},
     {"validation", "export", "recommender", "report"},
     {"stages"},
     {"evaluation"},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,25 @@ class StepLoss(NamedTuple):
     means: Tensor
 
 
+class _Untraced(nn.Module):
+    """A method as one node: `TrainPipelineSparseDist` traces calls, but not into such a module.
+
+    Held weakly: none of the method's modules is registered twice, and no circle is closed.
+    """
+
+    def __init__(self, method: Callable[[Batch, Tensor], StepLoss]) -> None:
+        super().__init__()
+        self._method = WeakMethod(method)
+
+    def forward(self, batch: Batch, looked_up: Tensor) -> StepLoss:
+        method = self._method()
+        assert method is not None
+        return method(batch, looked_up)
+
+
 class Learner(nn.Module):
+    _scales: Tensor
+
     def __init__(
         self,
         backbone: Backbone,
@@ -40,10 +59,12 @@ class Learner(nn.Module):
         self.backbone = backbone
         self.objectives = nn.ModuleDict({str(o.name): o for o in objectives})
         self.ranks = ranks
-        self._scales = torch.tensor([float(o.scale) for o in self._objectives()])
+        scales = torch.tensor([float(o.scale) for o in self._objectives()])
+        self.register_buffer("_scales", scales, persistent=False)  # on the device from the start
         self._needs_catalogue = any(o.needs_catalogue for o in self._objectives())
         self._looks_up_catalogue = self._needs_catalogue and placement.fused is not None
         self._catalogue_range = ranks.part_of(backbone.items.num_items)
+        self._untraced_loss = _Untraced(self._loss)
 
     @property
     def names(self) -> list[str]:
@@ -58,7 +79,11 @@ class Learner(nn.Module):
         return assemble(rows, draws, self._catalogue_range if self._looks_up_catalogue else None)
 
     def forward(self, batch: Batch) -> StepLoss:
-        vectors, catalogue_rows = batch.spread(self.backbone.items(batch.ids))
+        loss: StepLoss = self._untraced_loss(batch, self.backbone.items(batch.ids))
+        return loss
+
+    def _loss(self, batch: Batch, looked_up: Tensor) -> StepLoss:
+        vectors, catalogue_rows = batch.spread(looked_up)
         catalogue = self._catalogue(catalogue_rows) if self._needs_catalogue else None
         terms: list[LossTerm] = []
         for objective in self._objectives():
@@ -68,7 +93,7 @@ class Learner(nn.Module):
         weights = torch.stack([term.weight for term in terms])
         sums = sum_over_ranks(torch.stack([totals, weights]))
         global_weights = sums[1].clamp(min=torch.finfo(torch.float32).tiny)
-        scales = self._scales.to(totals.device) * self.ranks.world_size / global_weights
+        scales = self._scales * self.ranks.world_size / global_weights
         return StepLoss(loss=(totals * scales).sum(), means=sums[0] / global_weights)
 
     def _catalogue(self, rows: Tensor) -> Catalogue:

@@ -66,13 +66,16 @@ class Optimizers:
         for optimizer in self.dense:
             optimizer.step()
 
+    def zero_grad(self) -> None:
+        for optimizer in self.dense:
+            optimizer.zero_grad()
+
     def prepare(self, step: int) -> None:
         """Set step's learning rate and clear the gradients; call it before forward."""
         factor = schedule_factor(self.config, step, self.num_steps)
         for group, rate in self._base_rates:
             group["lr"] = rate * factor
-        for optimizer in self.dense:
-            optimizer.zero_grad()
+        self.zero_grad()
         self.fused.step()  # hands the learning rate to the kernels; the rows are not touched
 
     def _init_state(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from torchrec.distributed import DistributedModelParallel
 
 from torchrec_pt import checkpoint
 from torchrec_pt.config import TrainConfig
-from torchrec_pt.data.batch import Rows
+from torchrec_pt.data.batch import Batch, Rows
 from torchrec_pt.data.loader import HistoryLoader
-from torchrec_pt.distributed import Ranks, raised_together
+from torchrec_pt.distributed import Ranks, gather_objects, raised_together
 from torchrec_pt.events import EventFile
 from torchrec_pt.learner import Learner, StepLoss
 from torchrec_pt.metrics import goodness
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.progress import StageProgress
+from torchrec_pt.train_pipeline import SparseDistPipeline, TakenStep, suits_pipeline
 
 # Metrics on the validation split
 Validate = Callable[[], dict[str, float]]
@@ -82,6 +83,11 @@ class Trainer:
         self.ranks = ranks
         self.console = console
         self.position = Position()
+        self.pipeline: SparseDistPipeline | None = None
+        if suits_pipeline(learner, ranks.device):
+            self.pipeline = SparseDistPipeline(
+                model, learner, optimizers, ranks.device, self._forward
+            )
 
     def run(self, validate: Validate) -> Position:
         """Train to the end or until patience runs out; `best_checkpoint` then holds the result.
@@ -136,38 +142,53 @@ class Trainer:
         """One pass over the users; mean of each objective's loss over its steps."""
         self.model.train()
         total = torch.zeros(len(self.learner.names))
-        for rows in self.loader.steps(self.position.epoch):
-            means = self.step(rows).means.cpu()
+        for taken in self._take(self.loader.steps(self.position.epoch)):
+            self.position.step += 1
+            means = taken.means.cpu()
             total += means
             loss = float(means.sum())
             if writer is not None:
                 for name, mean in zip(self.learner.names, means.tolist(), strict=True):
                     writer.add_scalar(f"loss/{name}", mean, self.position.step)
-            progress.advance(loss, rows.num_rows * self.ranks.world_size)
+            progress.advance(loss, taken.num_rows * self.ranks.world_size)
         mean = total / self.loader.steps_per_epoch
         return dict(zip(self.learner.names, mean.tolist(), strict=True))
 
-    def step(self, rows: Rows) -> StepLoss:
+    def _take(self, steps: Iterator[Rows]) -> Iterator[TakenStep]:
+        return map(self.step, steps) if self.pipeline is None else self.pipeline.run(steps)
+
+    def step(self, rows: Rows) -> TakenStep:
         """Forward, backward and update on this rank's rows of one global batch."""
-        self.optimizers.prepare(self.position.step)
-        batch = self.learner.draw(rows).to(self.ranks.device)
+        loss, taken = self._forward(self.learner.draw(rows).to(self.ranks.device))
+        loss.backward()
+        self.optimizers.step()
+        return taken
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, TakenStep]:
+        """Up to the loss; one that is not finite ends training before anything is updated."""
+        self.optimizers.prepare(batch.step)
         out: StepLoss = self.model(batch)
         if not bool(torch.isfinite(out.means).all()):
-            raise TrainingError(self._not_finite(out.means, rows))
-        out.loss.backward()
-        self.optimizers.step()
-        self.position.step += 1
-        return out
+            raise TrainingError(self._not_finite(out, batch))
+        return out.loss, TakenStep(len(batch.rows), out.means)
 
-    def _not_finite(self, means: Tensor, rows: Rows) -> str:
+    def _not_finite(self, out: StepLoss, batch: Batch) -> str:
+        """Alike on every rank: what the first rank held whose own loss is not finite."""
+        rank = self.ranks.rank
+        users = batch.users[batch.users >= 0]
+        items = batch.ids.values()[: batch.num_distinct]
+        held = (
+            f"rank {rank} held {len(users)} users {users[:10].tolist()} … "
+            f"with {len(items)} items {items[:10].tolist()} …"
+        )
+        *_, held = min(gather_objects((bool(torch.isfinite(out.loss)), rank, held)))
         values = ", ".join(
-            f"{name} {mean}" for name, mean in zip(self.learner.names, means.tolist(), strict=True)
+            f"{name} {mean}"
+            for name, mean in zip(self.learner.names, out.means.tolist(), strict=True)
         )
         good = checkpoint.saved(self._checkpoints)
-        items = rows.histories.values.unique()[:10].tolist()
         return (
-            f"{self.name}: loss is not finite at step {self.position.step} ({values}); "
-            f"rank {self.ranks.rank} held {rows.num_rows} rows with items {items} …; "
+            f"{self.name}: loss is not finite at step {batch.step} ({values}); {held}; "
             f"last good checkpoint: {good[-1] if good else 'none'}; lower the learning rate"
         )
 
