@@ -36,7 +36,7 @@ objectives = [{{ name = "masked_item" }}]
 [evaluate]
 baselines = ["popularity"]
 """
-EPOCHS = 40
+EPOCHS = 8
 # Far above the second or two that it takes, since the machine may be busy.
 BOUND_S = 30
 LOST = "the same command resumes from the last checkpoint"

@@ -143,7 +143,10 @@ def _stage(command: str, config: Path, overrides: list[str] | None, workers: int
             arguments = [command, str(config), *(f"--set={one}" for one in overrides or ())]
             if _debug:
                 arguments.insert(0, "--debug")
-            raise typer.Exit(run_workers(arguments, workers, debug=_debug))
+            try:
+                raise typer.Exit(run_workers(arguments, workers, debug=_debug))
+            finally:
+                console.show_cursor()  # a worker that was stopped leaves it hidden
 
         from torchrec_pt import pipeline
 
@@ -171,7 +174,7 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if _is_first() and not is_worker():
+        if _is_first():
             print(f"interrupted; {RESUMES}", file=sys.stderr)
         raise typer.Exit(130) from None
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 RESUMES = "the same command resumes from the last checkpoint"
 # In the environment of the workers: the process id of their launcher.
 _LAUNCHER = "TORCHREC_PT_LAUNCHER"
-# Between Ctrl-C and the end by force of a worker that does not react.
+# Until a worker that does not react to the signal to stop is killed.
 _SHUTDOWN_S = 5
 
 
@@ -71,7 +71,8 @@ def run_workers(arguments: Sequence[str], num_workers: int, *, debug: bool) -> i
         The exit code: 0, that of the worker that failed first, 1 where it was killed, and
         128 + the signal that stopped all of them.
     Raises:
-        ValueError: more workers than GPUs, or a worker's own environment.
+        ValueError: more workers than GPUs, or called in a worker.
+        KeyboardInterrupt: after the workers were stopped.
     """
     if "RANK" in os.environ:
         raise ValueError("--workers: this process is a worker already; leave it to torchrun")
@@ -104,6 +105,8 @@ def run_workers(arguments: Sequence[str], num_workers: int, *, debug: bool) -> i
             rdzv_endpoint="127.0.0.1:0",
             local_addr="127.0.0.1",
             max_restarts=0,
+            # Ctrl-C stays Python's own, and torchelastic then stops the workers by SIGTERM.
+            signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
             shutdown_timeout=_SHUTDOWN_S,
         )
         try:
@@ -113,9 +116,7 @@ def run_workers(arguments: Sequence[str], num_workers: int, *, debug: bool) -> i
             print(message, file=sys.stderr)
             return code
         except SignalException as error:
-            name = error.sigval.name
-            why = "interrupted" if error.sigval == signal.SIGINT else f"stopped by {name}"
-            print(f"torchrec-pt: {why}; {RESUMES}", file=sys.stderr)
+            print(f"torchrec-pt: stopped by {error.sigval.name}; {RESUMES}", file=sys.stderr)
             return 128 + error.sigval
     return 0
 
