@@ -145,9 +145,12 @@ def test_a_worker_killed_at_any_moment_ends_the_command_and_it_resumes(
     try:
         killed.process.wait(draw.uniform(0, 20))
     except subprocess.TimeoutExpired:
-        killed.kill(rank)
-        code, _, errors = killed.end(BOUND_S)
-        assert _is_lost(code, errors, rank), errors
+        if rank in killed.workers():
+            killed.kill(rank)
+            code, _, errors = killed.end(BOUND_S)
+            assert _is_lost(code, errors, rank), errors
+        else:
+            killed.end()
     for name in ("killed", "whole"):
         code, _, errors = Command("run", config(name), "--workers", 3).end()
         assert code == 0, errors
@@ -190,6 +193,12 @@ def test_what_every_worker_meets_is_said_once(config: Config) -> None:
     code, _, errors = Command("run", config(), "--workers", 2, rate).end()
     assert (code, errors.count("\n")) == (1, 1), errors
     assert "loss is not finite at step" in errors
+
+
+def test_a_mistake_that_every_rank_meets_is_said_once_under_torchrun(config: Config) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    _, _, errors = Command("prepare", config(), "--set=data.path=/no", launcher=torchrun).end()
+    assert errors.count("torchrec-pt: data.path: /no does not exist; check the path") == 1, errors
 
 
 def test_more_workers_inside_a_worker_are_refused(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -164,9 +165,12 @@ def _joined() -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if is_worker() or is_first_to_fail():
+            if "RANK" not in os.environ:
                 raise
-            _end(_said_of(error)[1])
+            if not is_worker() and not is_first_to_fail():
+                time.sleep(1)  # at the end of one rank torchrun stops the one that speaks
+                _end(_said_of(error)[1])
+            _fail(error)
 
 
 @contextlib.contextmanager
@@ -191,15 +195,17 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        line, code = _said_of(error)
-        if is_worker():
-            said = traceback.format_exc().rstrip() if line is None else line
-            leave_word(said, code, is_consequence=_is_lost_worker(error))
-        elif line is None:
-            raise
-        else:
-            print(line, file=sys.stderr)
-        _end(code)
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    line, code = _said_of(error)
+    said = traceback.format_exc().rstrip() if line is None else line
+    if is_worker():
+        leave_word(said, code, is_consequence=_is_lost_worker(error))
+    else:
+        print(said, file=sys.stderr)
+    _end(code)
 
 
 def _said_of(error: Exception) -> tuple[str | None, int]:
