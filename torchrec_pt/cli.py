@@ -195,6 +195,8 @@ def main() -> None:
     try:
         app()
     except Exception as error:
+        if _said_of(error)[0] is None and not is_worker():
+            raise
         _fail(error)
 
 
