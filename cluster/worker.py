@@ -99,8 +99,12 @@ def train_loop(given: dict[str, Any]) -> Finished | Refused:
 
 def exit_code_of(error: Exception) -> int | None:
     """2 for what the user can mend, 1 for a run that failed by itself, None for all else."""
+    from torchrec_pt.distributed import LostWorkerError
+
     if isinstance(error, ValueError | OSError):
         return 2
+    if isinstance(error, LostWorkerError):
+        return None  # Ray Train starts the workers again
     return 1 if type(error).__module__.startswith("torchrec_pt") else None
 
 

@@ -22,6 +22,7 @@ LAYERS = (
         "distributed",
         "files",
         "events",
+        "launch",
         "progress",
         "_C",
     },

@@ -6,15 +6,19 @@ import contextlib
 import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from torchrec_pt.config import RunConfig
 from torchrec_pt.config_file import load_config
+from torchrec_pt.files import refused
+from torchrec_pt.launch import RESUMES, end_with_launcher, is_worker, leave_word, run_workers
 
 app = typer.Typer(
     add_completion=False,
@@ -27,6 +31,9 @@ Config = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="CO
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a key; repeatable.")
 ]
+Workers = Annotated[
+    int, typer.Option("--workers", min=1, help="Processes on this machine that share the work.")
+]
 console = Console(soft_wrap=True, markup=False, emoji=False)
 _debug = False
 
@@ -37,58 +44,60 @@ def options(
 ) -> None:
     global _debug
     _debug = debug
+    if not debug:
+        # Read when torch is loaded: its warnings of lost connections come with C++ stacks.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @app.command()
-def run(config: Config, set_: Set = None) -> None:
+def run(config: Config, set_: Set = None, workers: Workers = 1) -> None:
     """Every stage: prepare, pretrain, finetune, evaluate, export, recommend, report."""
-    from torchrec_pt import pipeline, tables
+    from torchrec_pt import tables
 
     settings = load_config(config, set_ or ())
-    with _interruptible():
-        result = pipeline.run(settings, console)
+    result = _stage("run", config, set_, workers)
     if _is_first():
         tables.print_run(result, settings, console)
 
 
 @app.command()
-def prepare(config: Config, set_: Set = None) -> None:
+def prepare(config: Config, set_: Set = None, workers: Workers = 1) -> None:
     """Raw logs to the prepared dataset."""
-    _stage("prepare", config, set_)
+    _stage("prepare", config, set_, workers)
 
 
 @app.command()
-def pretrain(config: Config, set_: Set = None) -> None:
+def pretrain(config: Config, set_: Set = None, workers: Workers = 1) -> None:
     """Self-supervised pretraining."""
-    _stage("pretrain", config, set_)
+    _stage("pretrain", config, set_, workers)
 
 
 @app.command()
-def finetune(config: Config, set_: Set = None) -> None:
+def finetune(config: Config, set_: Set = None, workers: Workers = 1) -> None:
     """Fine-tune the pretrained model for each task, and its from-scratch control."""
-    _stage("finetune", config, set_)
+    _stage("finetune", config, set_, workers)
 
 
 @app.command()
-def evaluate(config: Config, set_: Set = None) -> None:
+def evaluate(config: Config, set_: Set = None, workers: Workers = 1) -> None:
     """Test every model of the run on every task."""
     from torchrec_pt import tables
 
-    result = _stage("evaluate", config, set_)
+    result = _stage("evaluate", config, set_, workers)
     if _is_first():
         tables.print_evaluation(result, console)
 
 
 @app.command()
-def export(config: Config, set_: Set = None) -> None:
+def export(config: Config, set_: Set = None, workers: Workers = 1) -> None:
     """Item and user embeddings to Parquet or NumPy files."""
-    _stage("export_run", config, set_)
+    _stage("export", config, set_, workers)
 
 
 @app.command()
 def report(config: Config, set_: Set = None) -> None:
     """The run so far as one HTML page: curves, metrics, what pretraining gave."""
-    _stage("report_run", config, set_)
+    _stage("report", config, set_)
 
 
 @app.command()
@@ -123,12 +132,45 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _stage(name: str, config: Path, overrides: list[str] | None) -> Any:
-    from torchrec_pt import pipeline
+# Commands whose function has another name.
+_STAGES = {"export": "export_run", "report": "report_run"}
 
-    stage: Callable[..., Any] = getattr(pipeline, name)
+
+def _stage(command: str, config: Path, overrides: list[str] | None, workers: int = 1) -> Any:
+    """A stage here, or with `workers` in as many processes, whose end is then this one's."""
+    settings = load_config(config, overrides or ())
     with _interruptible():
-        return stage(load_config(config, overrides or ()), console)
+        if workers > 1:
+            arguments = [command, str(config), *(f"--set={one}" for one in overrides or ())]
+            if _debug:
+                arguments.insert(0, "--debug")
+            try:
+                raise typer.Exit(run_workers(arguments, workers, debug=_debug))
+            finally:
+                console.show_cursor()  # a worker that was stopped leaves it hidden
+
+        from torchrec_pt import pipeline
+
+        stage: Callable[..., Any] = getattr(pipeline, _STAGES.get(command, command))
+        with _joined():
+            return stage(settings, console)
+
+
+@contextlib.contextmanager
+def _joined() -> Iterator[None]:
+    """Of what several ranks meet, the first of them speaks; the others only end."""
+    from torchrec_pt.distributed import is_first_to_fail, joined_ranks
+
+    with joined_ranks():
+        try:
+            yield
+        except Exception as error:
+            if "RANK" not in os.environ:
+                raise
+            if not is_worker() and not is_first_to_fail():
+                time.sleep(1)  # at the end of one rank torchrun stops the one that speaks
+                _end(_said_of(error)[1])
+            _fail(error)
 
 
 @contextlib.contextmanager
@@ -136,33 +178,69 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        if _is_first():
+            print(f"interrupted; {RESUMES}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
 def _is_first() -> bool:
-    """Whether this process speaks for a torchrun group."""
+    """Whether this process speaks for its group."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def main() -> None:
     """The console script: a mistake of the user is one line and exit code 2."""
+    if is_worker():
+        end_with_launcher()
     try:
         app()
-    except ValueError as error:
-        _give_up(error, str(error), 2)
-    except OSError as error:
-        from torchrec_pt.files import refused
-
-        _give_up(error, refused(error), 2)
-    except RuntimeError as error:
-        if type(error).__module__.startswith("torchrec_pt"):
-            _give_up(error, str(error), 1)
-        raise
+    except Exception as error:
+        if _said_of(error)[0] is None and not is_worker():
+            raise
+        _fail(error)
 
 
-def _give_up(error: Exception, message: str, code: int) -> None:
-    if _debug:
-        raise error
-    print(f"torchrec-pt: {' '.join(message.splitlines())}", file=sys.stderr)
+def _fail(error: Exception) -> NoReturn:
+    line, code = _said_of(error)
+    said = traceback.format_exc().rstrip() if line is None else line
+    if is_worker():
+        leave_word(said, code, is_consequence=_is_lost_worker(error))
+    else:
+        print(said, file=sys.stderr)
+    _end(code)
+
+
+def _said_of(error: Exception) -> tuple[str | None, int]:
+    """The line for the user, None where a traceback is due, and the exit code."""
+    is_mendable = isinstance(error, ValueError | OSError)
+    is_known = is_mendable or type(error).__module__.startswith("torchrec_pt")
+    code = 2 if is_mendable and not _debug else 1
+    if _debug or not is_known:
+        return None, code
+    message = refused(error) if isinstance(error, OSError) else str(error)
+    if _is_lost_worker(error):
+        message = f"{message}; {RESUMES}"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not isinstance(error, ValueError):
+        message = f"rank {os.environ['RANK']}: {message}"
+    return f"torchrec-pt: {' '.join(message.splitlines())}", code
+
+
+def _is_lost_worker(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from torchrec_pt.distributed import LostWorkerError
+
+    return isinstance(error, LostWorkerError)
+
+
+def _end(code: int) -> NoReturn:
+    """Exit, from among other ranks at once.
+
+    The traceback holds modules that hold the process group, whose threads then outlive it and
+    abort a process that ends slowly.
+    """
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

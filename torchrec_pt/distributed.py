@@ -8,8 +8,10 @@ here averages; DDP and TorchRec do, which `learner` undoes once, in the scale.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# For the ranks to find each other, and for a collective between ranks that do the same. A rank
+# that dies is noticed at once, by its closed connections; this ends the wait for one that hangs.
+TIMEOUT = datetime.timedelta(minutes=10)
+# For what one rank does while the others wait (`raised_together`), as preparing the data.
+PATIENCE = datetime.timedelta(days=7)
+
+
+class JoinError(ValueError):
+    """The ranks do not find each other; the message is one line."""
+
+
+class LostWorkerError(RuntimeError):
+    """Another rank is gone or hangs; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,11 @@ class Ranks:
 
 
 def join_ranks() -> Ranks:
-    """Join the process group of torchrun or Ray Train, or be alone in a group of one."""
+    """Join the process group of torchrun or Ray Train, or be alone in a group of one.
+
+    Raises:
+        JoinError: an environment that names no group, or ranks that do not come within `TIMEOUT`.
+    """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -50,7 +70,7 @@ def join_ranks() -> Ranks:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            _join_by_environment(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     world_size = dist.get_world_size()
@@ -62,18 +82,58 @@ def join_ranks() -> Ranks:
     )
 
 
+def _join_by_environment(backend: str) -> None:
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        if dist.get_rank() >= dist.get_world_size():
+            raise ValueError("RANK must be below WORLD_SIZE")
+    except (ValueError, RuntimeError) as error:
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        given = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+        raise JoinError(
+            f"{given}: cannot join the other ranks, {_reason(error)}; start WORLD_SIZE processes "
+            "with the ranks from 0 and the same address, or let --workers or torchrun do it"
+        ) from error
+
+
 @contextlib.contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """`join_ranks`, and leave at the end what was joined here."""
+    """`join_ranks`, and leave at the end what was joined here.
+
+    Raises:
+        LostWorkerError: for what the backend says where another rank is gone.
+    """
     was_joined = dist.is_initialized()
     try:
         yield join_ranks()
+    except RuntimeError as error:
+        if not _is_of_lost_worker(error):
+            raise
+        raise LostWorkerError(f"lost another worker ({_reason(error)})") from error
     finally:
         if dist.is_initialized() and not was_joined:
             # Sharded modules hold the group in reference cycles. Then its threads would outlive
             # it, and one that lets go of a tensor while the interpreter ends aborts the process.
             gc.collect()
             dist.destroy_process_group()
+
+
+def _is_of_lost_worker(error: RuntimeError) -> bool:
+    """Whether NCCL, or gloo, whose errors have no type but name its source file, raised it."""
+    return isinstance(error, dist.DistError) or "/gloo/transport/" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence, without the file that gloo puts before it and the advice after it."""
+    return re.sub(r"^\[\S*\] ", "", str(error).split("\n")[0].split(". ")[0]).rstrip(".")
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other rank of the group asked this before."""
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("failed ranks", 1) == 1)
+    except RuntimeError:  # gone with the rank that kept the store
+        return True
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -102,9 +162,18 @@ def raised_together() -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         failure = error
+    _wait_for_ranks(PATIENCE)
     failures = [one for one in gather_objects(failure) if one is not None]
     if failures:
         raise failure or failures[0]
+
+
+def _wait_for_ranks(longest: datetime.timedelta) -> None:
+    """A barrier with a timeout of its own."""
+    options = dist.BarrierOptions()
+    options.timeout = longest
+    assert dist.group.WORLD is not None
+    dist.group.WORLD.barrier(options).wait()
 
 
 def gather_integers(values: Sequence[int], device: torch.device) -> list[list[int]]:
