@@ -81,9 +81,7 @@ class _Training:
         objectives = build_objectives(config, data)
         self.built: Built = build_learner(config, config.pretrain, objectives, data, ranks)
         self.optimizers = Optimizers(self.built.model, config.pretrain, self.built.placement, 100)
-        self.loader = HistoryLoader(
-            data.history("train"), batch_size=10, max_length=8, seed=0, ranks=ranks
-        )
+        self.loader = HistoryLoader(data, batch_size=10, max_length=8, seed=0, ranks=ranks)
 
     def epoch(self, epoch: int) -> list[float]:
         losses = []

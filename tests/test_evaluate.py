@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.conftest import tiny_config
-from torchrec_pt.baselines import item_knn, popularity
+from torchrec_pt import scoring
+from torchrec_pt.baselines import ItemKnn, Popularity
 from torchrec_pt.build import build_learner
 from torchrec_pt.config import TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
@@ -20,7 +21,7 @@ from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.evaluate import HeldOut, held_out, rank_targets
 from torchrec_pt.metrics import ranking_metrics
-from torchrec_pt.scoring import ModelScorer, Scorer, top_items
+from torchrec_pt.scoring import ModelScorer, top_items
 
 NUM_USERS, NUM_ITEMS = 50, 17
 
@@ -40,8 +41,28 @@ def _rows(jagged: Jagged) -> list[list[int]]:
     return [part.tolist() for part in jagged.values.split(jagged.lengths.tolist())]
 
 
-def _scorer(scores: Tensor) -> Scorer:
-    return lambda users: scores[users]
+class _Scores:
+    """Scores (num_users, num_items) as they are given; a query is a user."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self._scores = scores
+
+    def queries(self, users: Tensor) -> Tensor:
+        return users
+
+    def scores(self, queries: Tensor, items: range) -> Tensor:
+        return self._scores[queries, items.start : items.stop]
+
+
+@pytest.fixture(autouse=True, params=[512, 5], ids=["one block", "blocks of 5"])
+def _item_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 17 items in one block, and in blocks of which the last one is short."""
+    monkeypatch.setattr(scoring, "ITEM_BLOCK", request.param)
+
+
+def _rank(scores: Tensor, asked: HeldOut, num_items: int, ranks: Ranks, batch_size: int) -> Jagged:
+    parts = torch.arange(len(asked.users)) // 10
+    return rank_targets(_Scores(scores), asked, parts, num_items, ranks, batch_size)
 
 
 def _asked(num_targets: int) -> tuple[Tensor, HeldOut]:
@@ -74,21 +95,21 @@ def _naive_ranks(scores: Tensor, asked: HeldOut) -> list[list[int]]:
 @pytest.mark.parametrize("num_targets", [1, 6])
 def test_ranks_are_those_of_a_full_sort(ranks: Ranks, num_targets: int, batch_size: int) -> None:
     scores, asked = _asked(num_targets)
-    found = rank_targets(_scorer(scores), asked, NUM_ITEMS, ranks, batch_size)
+    found = _rank(scores, asked, NUM_ITEMS, ranks, batch_size)
     assert _rows(found) == _naive_ranks(scores, asked)
 
 
 def test_a_target_that_was_seen_before_is_a_candidate(ranks: Ranks) -> None:
     scores = torch.tensor([[5.0, 4, 3, 2]])
     asked = HeldOut(torch.tensor([0]), _jagged([[0, 2]]), _jagged([[2]]))
-    found = rank_targets(_scorer(scores), asked, 4, ranks, 8)
+    found = _rank(scores, asked, 4, ranks, 8)
     assert _rows(found) == [[2]]  # behind item 1; item 0 is hidden
 
 
 def test_a_target_that_was_seen_before_stands_before_the_other_targets(ranks: Ranks) -> None:
     scores = torch.tensor([[5.0, 4, 3, 2]])
     asked = HeldOut(torch.tensor([0]), _jagged([[0]]), _jagged([[0, 1]]))
-    found = rank_targets(_scorer(scores), asked, 4, ranks, 8)
+    found = _rank(scores, asked, 4, ranks, 8)
     assert _rows(found) == _naive_ranks(torch.nn.functional.pad(scores, (0, 13)), asked)
 
 
@@ -96,7 +117,7 @@ def test_a_model_of_nan_is_not_perfect(ranks: Ranks) -> None:
     _, asked = _asked(1)
     scores = torch.full((NUM_USERS, NUM_ITEMS), torch.nan)
     try:
-        found = rank_targets(_scorer(scores), asked, NUM_ITEMS, ranks, 8)
+        found = _rank(scores, asked, NUM_ITEMS, ranks, 8)
     except ValueError:
         return  # refusing is as good
     assert float(ranking_metrics(found, (1,))["hr@1"].mean()) < 1
@@ -115,7 +136,7 @@ def test_an_item_taken_twice_in_the_test_does_not_lift_ndcg_above_one(
     asked = held_out(repeats, "test")
     scores = torch.zeros(cycle.num_users, cycle.num_items)
     scores[:, 7] = 1
-    found = rank_targets(_scorer(scores), asked, cycle.num_items, ranks, 8)
+    found = _rank(scores, asked, cycle.num_items, ranks, 8)
     assert float(ranking_metrics(found, (10,))["ndcg@10"].max()) <= 1
 
 
@@ -137,9 +158,11 @@ def test_held_out_hides_what_came_before_and_only_that(
 # --- baselines ----------------------------------------------------------------------------------
 
 
-def test_popularity_gives_everyone_the_counts(ranks: Ranks) -> None:
+def test_popularity_gives_everyone_the_counts() -> None:
     counts = torch.tensor([9, 4, 4, 0])
-    assert torch.equal(popularity(counts, ranks)(torch.arange(3)), counts.float().expand(3, 4))
+    scorer = Popularity(counts)
+    got = scorer.scores(scorer.queries(torch.arange(3)), range(1, 4))
+    assert torch.equal(got, counts[1:].float().expand(3, 3))
 
 
 def _histories() -> tuple[Jagged, Jagged]:
@@ -165,7 +188,8 @@ def _cosines(train: Jagged) -> np.ndarray:
 def test_item_knn_with_all_neighbours_is_the_sum_of_cosines(ranks: Ranks) -> None:
     train, history = _histories()
     users = torch.tensor([5, 0, 59, 5])
-    got = item_knn(train, history, NUM_ITEMS, ranks, k=NUM_ITEMS)(users)
+    scorer = ItemKnn(train, history, NUM_ITEMS, k=NUM_ITEMS)
+    got = scorer.scores(scorer.queries(users), range(NUM_ITEMS))
     expected = (_binary(history) @ _cosines(train))[users.numpy()]
     # float64 sums, rounded to float32 at the end
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6, atol=1e-6)
@@ -175,7 +199,12 @@ def test_item_knn_with_all_neighbours_is_the_sum_of_cosines(ranks: Ranks) -> Non
 def test_item_knn_keeps_the_k_most_similar_items_of_each_item(ranks: Ranks) -> None:
     train, _ = _histories()
     one_each = _jagged([[item] for item in range(NUM_ITEMS)])
-    got = item_knn(train, one_each, NUM_ITEMS, ranks, k=3)(torch.arange(NUM_ITEMS)).numpy()
+    scorer = ItemKnn(train, one_each, NUM_ITEMS, k=3)
+    parts = [
+        scorer.scores(scorer.queries(torch.arange(NUM_ITEMS)), items)
+        for items in (range(9), range(9, NUM_ITEMS))
+    ]
+    got = torch.cat(parts, dim=1).numpy()
     cosines = _cosines(train)
     for row, all_of_row in zip(got, cosines, strict=True):
         is_kept = row > 0
@@ -193,20 +222,20 @@ def test_top_items_are_the_head_of_a_full_sort_without_the_seen(ranks: Ranks) ->
     scores = torch.randn(NUM_USERS, NUM_ITEMS, generator=generator)
     users = torch.tensor([3, 9, 30])
     seen = _jagged([[1, 2, 3], [], [16, 0]])
-    ids, values = top_items(scores[users], seen, 4, NUM_ITEMS, ranks)
+    ids, values = top_items(_Scores(scores), users, seen, 4, NUM_ITEMS, ranks)
     for row, (user, hidden) in enumerate(zip(users.tolist(), _rows(seen), strict=True)):
         order = sorted(
             set(range(NUM_ITEMS)) - set(hidden), key=lambda item, u=user: -float(scores[u, item])
         )
         assert ids[row].tolist() == order[:4]
         assert torch.equal(values[row], scores[user, order[:4]])
-    unhidden, _ = top_items(scores[users], None, NUM_ITEMS, NUM_ITEMS, ranks)
+    unhidden, _ = top_items(_Scores(scores), users, None, NUM_ITEMS, NUM_ITEMS, ranks)
     assert torch.equal(unhidden, scores[users].argsort(dim=1, descending=True))
 
 
 def test_top_items_say_where_candidates_ran_out(ranks: Ranks) -> None:
     scores = torch.tensor([[1.0, 3, 2]])
-    ids, values = top_items(scores, _jagged([[0, 1]]), 10, 3, ranks)
+    ids, values = top_items(_Scores(scores), torch.tensor([0]), _jagged([[0, 1]]), 10, 3, ranks)
     assert values.tolist() == [[2, -torch.inf, -torch.inf]]
     assert ids[0, 0] == 2
 
@@ -222,7 +251,8 @@ def test_the_model_scores_each_user_by_the_newest_items_alone(
     weight = backbone.items.weight.detach()
     history = cycle.history("valid")
     users = torch.tensor([30, 1, 17])
-    got = ModelScorer(backbone, history, ranks)(users)
+    scorer = ModelScorer(backbone, history, ranks)
+    got = scorer.scores(scorer.queries(users), range(cycle.num_items))
     num_read = 5 if attention == "causal" else 4
     cut = 0
     for row, user in enumerate(users.tolist()):

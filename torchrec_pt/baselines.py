@@ -1,4 +1,4 @@
-"""What a model must beat: popularity and item-kNN, as scorers of this rank's item range."""
+"""What a model must beat: popularity and item-kNN, as scorers."""
 
 from __future__ import annotations
 
@@ -8,36 +8,47 @@ import torch
 from torch import Tensor
 
 from torchrec_pt.data.jagged import Jagged
-from torchrec_pt.distributed import Ranks
-from torchrec_pt.scoring import Scorer
+from torchrec_pt.distributed import gather_objects
 
 
-def popularity(item_counts: Tensor, ranks: Ranks) -> Scorer:
-    """Every user gets the items in order of their training count."""
-    begin, end = ranks.part_of(len(item_counts))
-    counts = item_counts[begin:end].float()
-    return lambda users: counts.repeat(len(users), 1)
+class Popularity:
+    """Every user gets the items in order of their training count (num_items,)."""
+
+    def __init__(self, item_counts: Tensor) -> None:
+        self._counts = item_counts.float()
+
+    def queries(self, users: Tensor) -> Tensor:
+        return users.new_zeros(len(users), 0)
+
+    def scores(self, queries: Tensor, items: range) -> Tensor:
+        return self._counts[items.start : items.stop].repeat(len(queries), 1)
 
 
-def item_knn(train: Jagged, history: Jagged, num_items: int, ranks: Ranks, k: int = 20) -> Scorer:
+class ItemKnn:
     """Sum of cosine similarities to the items of the history (Sarwar et al. 2001).
 
     Args:
-        train: users' training items, from which similarities are computed.
-        history: users' items at the time of asking.
+        train: this rank's users' training items; similarities are those of all ranks' users.
+        history: this rank's users' items at the time of asking.
         k: nearest neighbours that an item keeps, itself among them (as `implicit` counts).
     """
-    begin, end = ranks.part_of(num_items)
-    taken = _binary_matrix(train, num_items)
-    norm = np.sqrt(np.asarray(taken.sum(axis=0)).ravel())
-    unit = (taken @ scipy.sparse.diags(1 / np.maximum(norm, 1))).tocsc()
-    similar = _strongest_in_row((unit.T @ unit).tocsr(), k)[:, begin:end].tocsr()
-    asked = _binary_matrix(history, num_items)
 
-    def score(users: Tensor) -> Tensor:
-        return torch.from_numpy((asked[users.numpy()] @ similar).toarray()).float()
+    def __init__(self, train: Jagged, history: Jagged, num_items: int, k: int = 20) -> None:
+        self._history = history
+        self._num_items = num_items
+        taken = _binary_matrix(train, num_items)
+        together = sum(gather_objects((taken.T @ taken).tocsr()))
+        unit = scipy.sparse.diags(1 / np.sqrt(np.maximum(together.diagonal(), 1)))
+        self._similar = _strongest_in_row((unit @ together @ unit).tocsr(), k).tocsc()
 
-    return score
+    def queries(self, users: Tensor) -> Jagged:
+        return self._history.select(users)
+
+    def scores(self, queries: Jagged, items: range) -> Tensor:
+        similar = self._similar[:, items.start : items.stop]
+        return torch.from_numpy(
+            (_binary_matrix(queries, self._num_items) @ similar).toarray()
+        ).float()
 
 
 def _binary_matrix(jagged: Jagged, num_items: int) -> scipy.sparse.csr_matrix:

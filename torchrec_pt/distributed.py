@@ -199,6 +199,14 @@ def gather_rows(x: Tensor, counts: list[int] | None = None) -> Tensor:
     return _GatherRows.apply(x, counts)
 
 
+def gather_each(x: Tensor) -> list[Tensor]:
+    """The x (B_r, …) of each rank, in rank order; no gradient."""
+    if dist.get_world_size() == 1:
+        return [x]
+    counts = [count for (count,) in gather_integers([len(x)], x.device)]
+    return list(gather_rows(x.detach(), counts).split(counts))
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int]) -> Tensor:

@@ -1,7 +1,9 @@
 """What held-out interactions say: ranks over the full catalogue, predictions of pairs.
 
-Users come in blocks, and each rank scores a block against its own range of the
-catalogue; only counts travel. Nothing of users × items is held.
+Users come in blocks. A rank encodes its own users; their vectors, seen items and targets travel,
+and each rank scores them against its own range of the catalogue, block by block: of users × items
+no more is held than one block of each. What a rank finds about its users stays there until
+`gather_by_user`. Everything has the same bits for any number of ranks (`scoring`).
 """
 
 from __future__ import annotations
@@ -14,10 +16,22 @@ from torch import Tensor
 
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
-from torchrec_pt.distributed import Ranks, gather_rows, sum_over_ranks
+from torchrec_pt.distributed import Ranks, gather_each, gather_integers, sum_over_ranks
 from torchrec_pt.learner import Learner
-from torchrec_pt.scoring import Scorer, embed, hide
+from torchrec_pt.scoring import (
+    ByItem,
+    Query,
+    Scorer,
+    embed,
+    gather_blocks,
+    item_blocks,
+    own_items,
+    row_blocks,
+)
 from torchrec_pt.tasks.pairs import Asked, PairTask
+
+MOST_KEPT_BLOCKS = 128  # of scores, from the search for the targets to the count
+TARGETS_AT_A_TIME = 4096
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,7 @@ class HeldOut:
     """Who is asked, what they may not be offered, and what they took.
 
     Attributes:
-        users: (U,) int64 users with at least one target.
+        users: (U,) int64 users of this rank with at least one target.
         seen: U rows of items that are no candidates.
         targets: U rows of held-out items, always candidates.
     """
@@ -55,66 +69,105 @@ def _distinct(items: Jagged, num_items: int) -> Jagged:
 
 @torch.no_grad()
 def rank_targets(
-    scorer: Scorer, asked: HeldOut, num_items: int, ranks: Ranks, batch_size: int
+    scorer: Scorer[Query],
+    asked: HeldOut,
+    parts: Tensor,
+    num_items: int,
+    ranks: Ranks,
+    batch_size: int,
 ) -> Jagged:
-    """Ranks from 1 of every target, U rows; equal scores rank by dense item id.
+    """Ranks from 1 of every target of this rank's users; equal scores rank by dense item id.
 
-    Every rank calls it, with the same users, and gets the same answer.
+    Every rank calls it, for its own users.
 
+    Args:
+        parts: (U,) int64, ascending, the part of the dataset that each asked user belongs to.
+        batch_size: users that are scored at a time.
     Raises:
         ValueError: scores that are not finite, which no rank can be read from.
     """
-    begin, end = ranks.part_of(num_items)
-    counted: list[Tensor] = []
-    for rows in torch.arange(len(asked.users)).split(batch_size):
-        scores = scorer(asked.users[rows]).to(ranks.device)
-        if not bool(torch.isfinite(scores).all()):
-            raise ValueError("ranking: the model's scores are not finite; lower the learning rate")
-        seen = asked.seen.select(rows).to(scores.device)
-        targets = asked.targets.select(rows).to(scores.device)
-        row, item = targets.rows, targets.values - begin
-        is_held = (item >= 0) & (item < end - begin)
-        own = scores.new_zeros(len(row))
-        own[is_held] = scores[row[is_held], item[is_held]]
-        own = sum_over_ranks(own)
-        hide(scores, seen, begin)
-        scores[row[is_held], item[is_held]] = own[is_held]  # a target is a candidate though seen
-        # Targets of long rows are taken in pieces of about the block's size.
-        ahead = [
-            _count_ahead(scores[r], o.unsqueeze(1), i)
-            for r, o, i in zip(
-                row.split(batch_size), own.split(batch_size), item.split(batch_size), strict=True
-            )
-        ]
-        counted.append((sum_over_ranks(torch.cat(ahead)) + 1).cpu())
+    items = own_items(num_items, ranks)
+    counted = [asked.targets.values[:0]]
+    for rows in row_blocks(parts, batch_size, ranks):
+        blocks = zip(
+            gather_blocks(scorer.queries(asked.users[rows])),
+            gather_blocks(asked.seen.select(rows).to(ranks.device)),
+            gather_blocks(asked.targets.select(rows).to(ranks.device)),
+            strict=True,
+        )
+        found = [_rank_block(scorer, *block, items) for block in blocks]
+        counted.append(found[ranks.rank].cpu())
     return asked.targets.with_values(torch.cat(counted))
 
 
-def _count_ahead(scores: Tensor, own: Tensor, item: Tensor) -> Tensor:
-    """(T,) int64: items of this range that stand before the target. scores (T, N_r), item (T,)."""
+def _rank_block(
+    scorer: Scorer[Query], queries: Query, seen: Jagged, targets: Jagged, items: range
+) -> Tensor:
+    """(T,) int64 ranks of the targets of one block of users, whom all ranks score together."""
+    row, item = targets.rows, targets.values
+    own = torch.zeros(len(row), device=row.device)
+    kept: dict[int, Tensor] = {}
+    for block in item_blocks(items):
+        here = _within(item, block)
+        if len(here):
+            scores = scorer.scores(queries, block)
+            own[here] = scores[row[here], item[here] - block.start]
+            if len(kept) < MOST_KEPT_BLOCKS:
+                kept[block.start] = scores
+    own = sum_over_ranks(own)
+
+    hidden = ByItem(seen)
+    counts = row.new_zeros(len(row) + 1)  # items ahead of each target; scores that are not finite
+    for block in item_blocks(items):
+        scores = kept.pop(block.start) if block.start in kept else scorer.scores(queries, block)
+        counts[-1] += (~torch.isfinite(scores)).sum()
+        hidden.overwrite(scores, block, -torch.inf)
+        here = _within(item, block)
+        scores[row[here], item[here] - block.start] = own[here]  # a candidate though seen
+        for some in torch.arange(len(row), device=row.device).split(TARGETS_AT_A_TIME):
+            place = item[some] - block.start
+            counts[some] += _count_ahead(scores[row[some]], own[some].unsqueeze(1), place)
+    counts = sum_over_ranks(counts)
+    if counts[-1]:
+        raise ValueError("ranking: the model's scores are not finite; lower the learning rate")
+    return counts[:-1] + 1
+
+
+def _within(item: Tensor, block: range) -> Tensor:
+    return torch.nonzero((item >= block.start) & (item < block.stop)).squeeze(1)
+
+
+def _count_ahead(scores: Tensor, own: Tensor, place: Tensor) -> Tensor:
+    """(T,) int64: items of a block (T, N) that stand before the target at column `place` (T,)."""
     columns = torch.arange(scores.shape[1], device=scores.device)
-    is_tied_before = (scores == own) & (columns < item.unsqueeze(1))
+    is_tied_before = (scores == own) & (columns < place.unsqueeze(1))
     return ((scores > own) | is_tied_before).sum(1)
 
 
 @torch.no_grad()
 def predict_pairs(
-    learner: Learner, task: PairTask, asked: Asked, ranks: Ranks, batch_size: int
+    learner: Learner,
+    task: PairTask,
+    asked: Asked,
+    parts: Tensor,
+    ranks: Ranks,
+    batch_size: int,
 ) -> Tensor:
-    """(P,) float32 predictions of every asked target, in order, on every rank.
+    """(P,) float32 predictions of the asked targets of this rank, in order; all ranks call it.
 
-    Each rank predicts its part of a block; all call it with the same `asked`.
-
+    Args:
+        parts: (R,) int64, ascending, the part of the dataset of each asked row.
     Raises:
         ValueError: predictions that are not finite.
     """
-    found: list[Tensor] = []
-    for block in torch.arange(len(asked.users)).split(batch_size):
-        begin, end = ranks.part_of(len(block))
-        mine = asked.select(block[begin:end])
-        found.append(gather_rows(_predict(learner, task, mine, ranks)).cpu())
-    predictions = torch.cat(found)
-    if not bool(torch.isfinite(predictions).all()):
+    predictions = torch.cat(
+        [
+            _predict(learner, task, asked.select(block), ranks).cpu()
+            for block in row_blocks(parts, batch_size, ranks)
+        ]
+    )
+    num_bad = int((~torch.isfinite(predictions)).sum())
+    if any(num for (num,) in gather_integers([num_bad], ranks.device)):
         raise ValueError(f"{task.name}: predictions are not finite; lower the learning rate")
     return predictions
 
@@ -122,3 +175,16 @@ def predict_pairs(
 def _predict(learner: Learner, task: PairTask, asked: Asked, ranks: Ranks) -> Tensor:
     drawn = embed(learner.backbone.items, task.draw_asked(asked), ranks.device)
     return task.predict(learner.backbone, drawn, asked.users.to(ranks.device))
+
+
+def gather_by_user(users: Tensor, values: Jagged, ranks: Ranks) -> tuple[Tensor, Jagged]:
+    """The rows of all ranks in the order of dense user ids, on every rank.
+
+    Args:
+        users: (R,) int64 dense ids, ascending; a user may have several rows.
+    """
+    everyone = gather_each(users.to(ranks.device))
+    rows = Jagged.stack(gather_blocks(values.to(ranks.device)))
+    users = torch.cat(everyone)
+    order = users.argsort(stable=True)
+    return users[order].cpu(), rows.select(order).to(torch.device("cpu"))

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 from torch import Tensor
 
-from torchrec_pt import baselines
+from torchrec_pt.baselines import ItemKnn, Popularity
 from torchrec_pt.build import build_task, load_learner
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.evaluate import held_out, predict_pairs, rank_targets
+from torchrec_pt.data.manifest import Manifest
+from torchrec_pt.evaluate import gather_by_user, held_out, predict_pairs, rank_targets
 from torchrec_pt.metrics import Estimate, mean_estimate, paired_difference, ranking_metrics
 from torchrec_pt.runs import finished_stages
 from torchrec_pt.scoring import ModelScorer, Scorer
 from torchrec_pt.stages import Stage
 from torchrec_pt.tasks.pairs import PairTask, held_out_pairs
-from torchrec_pt.validation import pair_metrics
+from torchrec_pt.validation import gather_judged
 
-# Columns beside the models' own, one row a user (ranking) or a test interaction (ctr, rating)
-Detail = pl.DataFrame
+# Makes the table with one row a user (ranking) or a test interaction (ctr, rating), which is for
+# one rank to write
+Detail = Callable[[], pl.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -41,35 +44,38 @@ def evaluate_ranking(stage: Stage, dataset: PreparedDataset) -> tuple[TaskEvalua
     Raises:
         ValueError: no test interactions.
     """
+    _require(dataset.manifest)
     asked = held_out(dataset, "test")
-    _require(len(asked.users))
+    parts, users = dataset.part_of_user[asked.users], dataset.user_ids[asked.users]
+    batch_size = stage.config.evaluate.batch_size
     per_user: dict[str, dict[str, Tensor]] = {}
     for name, scorer in _scorers(stage, dataset):
-        found = rank_targets(
-            scorer, asked, dataset.num_items, stage.ranks, stage.config.evaluate.batch_size
-        )
+        found = rank_targets(scorer, asked, parts, dataset.num_items, stage.ranks, batch_size)
+        everyone, found = gather_by_user(users, found, stage.ranks)
         per_user[name] = ranking_metrics(found, stage.config.evaluate.ks)
     columns = {
         f"{name} {metric}": values.numpy()
         for name, each in per_user.items()
         for metric, values in each.items()
     }
-    detail = pl.DataFrame({"user": dataset.users["external_id"][asked.users.numpy()], **columns})
     estimates = {
         name: {metric: mean_estimate(values) for metric, values in each.items()}
         for name, each in per_user.items()
     }
+
+    def detail() -> pl.DataFrame:
+        return pl.DataFrame({"user": dataset.external_user_ids()[everyone.numpy()], **columns})
+
     return _summary(estimates), detail
 
 
-def _scorers(stage: Stage, dataset: PreparedDataset) -> Iterator[tuple[str, Scorer]]:
+def _scorers(stage: Stage, dataset: PreparedDataset) -> Iterator[tuple[str, Scorer[Any]]]:
     config, ranks = stage.config, stage.ranks
     history = dataset.history("valid")
     if "popularity" in config.evaluate.baselines:
-        yield "popularity", baselines.popularity(dataset.item_counts, ranks)
+        yield "popularity", Popularity(dataset.item_counts)
     if "item_knn" in config.evaluate.baselines:
-        train = dataset.history("train")
-        yield "item-kNN", baselines.item_knn(train, history, dataset.num_items, ranks)
+        yield "item-kNN", ItemKnn(dataset.history("train"), history, dataset.num_items)
     finished = finished_stages(config, dataset)
     for name, folder in {"pretrained": "pretrain", **_arms("ranking")}.items():
         if folder in finished:
@@ -85,9 +91,10 @@ def evaluate_pairs(
     Raises:
         ValueError: no test interactions, or labels that the task cannot use.
     """
+    _require(dataset.manifest)
     config, ranks = stage.config, stage.ranks
     asked = held_out_pairs(dataset, "test")
-    _require(len(asked.users))
+    parts = dataset.part_of_user[asked.users]
     task = build_task(config, name, dataset)
     assert isinstance(task, PairTask)
     predictions: dict[str, Tensor] = {}
@@ -101,19 +108,21 @@ def evaluate_pairs(
             path = finished[folder].checkpoint
             learner = load_learner(config, path, dataset, ranks, [task])
             predictions[arm] = predict_pairs(
-                learner, task, asked, ranks, config.evaluate.batch_size
+                learner, task, asked, parts, ranks, config.evaluate.batch_size
             )
-    estimates = {model: pair_metrics(task, asked, found) for model, found in predictions.items()}
-    users = asked.users[asked.targets.rows]
-    items = dataset.interactions.values[asked.targets.values]
-    detail = pl.DataFrame(
-        {
-            "user": dataset.users["external_id"][users.numpy()],
-            "item": dataset.items["external_id"][items.numpy()],
-            "label": task.labels[asked.targets.values].numpy(),
-            **{model: found.numpy() for model, found in predictions.items()},
-        }
-    )
+    judged = gather_judged(dataset, task, asked, predictions, ranks)
+    estimates = {model: judged.metrics(task, model) for model in predictions}
+
+    def detail() -> pl.DataFrame:
+        return pl.DataFrame(
+            {
+                "user": dataset.external_user_ids()[judged.users.numpy()],
+                "item": dataset.items["external_id"][judged.items.numpy()],
+                "label": judged.labels.numpy(),
+                **{model: found.numpy() for model, found in judged.predictions.items()},
+            }
+        )
+
     return _summary(estimates), detail
 
 
@@ -139,6 +148,6 @@ def _summary(estimates: dict[str, dict[str, Estimate]]) -> TaskEvaluation:
     return TaskEvaluation(metrics, control)
 
 
-def _require(num_rows: int) -> None:
-    if not num_rows:
+def _require(manifest: Manifest) -> None:
+    if not manifest.num_test:
         raise ValueError("data.split: no user has a test interaction; change the split")

@@ -18,7 +18,7 @@ from torchrec_pt.distributed import Ranks, gather_rows, joined_ranks, raised_tog
 from torchrec_pt.files import whole_file
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.recommender import load_served
-from torchrec_pt.scoring import UserEncoder, encode_item_range
+from torchrec_pt.scoring import encode_histories, encode_item_range
 
 BLOCK_ROWS = 8192
 
@@ -51,7 +51,7 @@ def export_embeddings(
         if what == "items":
             ids, blocks = dataset.items["external_id"], _item_vectors(backbone, ranks)
         else:
-            ids, blocks = dataset.users["external_id"], _user_vectors(backbone, dataset, ranks)
+            ids, blocks = dataset.external_user_ids(), _user_vectors(backbone, dataset, ranks)
         write = _write_parquet if format == "parquet" else _write_npy
         with raised_together():
             try:
@@ -72,10 +72,22 @@ def _item_vectors(backbone: Backbone, ranks: Ranks) -> Iterator[Tensor]:
 
 
 def _user_vectors(backbone: Backbone, dataset: PreparedDataset, ranks: Ranks) -> Iterator[Tensor]:
-    """Blocks of user vectors in the order of dense ids, each from the user's whole history."""
-    encode = UserEncoder(backbone, dataset.history("test"), ranks)
-    for users in torch.arange(dataset.num_users).split(BLOCK_ROWS):
-        yield encode(users)
+    """Blocks of user vectors in the order of dense ids, each from the user's whole history.
+
+    A block is one part of the dataset from each rank, which lie one after the other.
+    """
+    history = dataset.history("test")
+    users = torch.arange(dataset.num_users)
+    parts = dataset.manifest.parts
+    for first in range(0, len(parts), ranks.world_size):
+        together = parts[first : first + ranks.world_size]
+        mine = users[dataset.part_of_user == first + ranks.rank]
+        vectors = []
+        for begin in range(0, max(part.num_users for part in together), BLOCK_ROWS):
+            some = mine[begin : begin + BLOCK_ROWS]
+            rows = history.select(some).to(ranks.device)
+            vectors.append(encode_histories(backbone, some.to(ranks.device), rows))
+        yield gather_rows(torch.cat(vectors))
 
 
 def _write_parquet(path: Path, ids: pl.Series, blocks: Iterable[Tensor], dim: int) -> None:

@@ -24,9 +24,9 @@ from torchrec_pt.distributed import joined_ranks, raised_together
 from torchrec_pt.evaluation import TaskEvaluation, evaluate_pairs, evaluate_ranking
 from torchrec_pt.export import export_embeddings
 from torchrec_pt.files import whole_file, write_json
-from torchrec_pt.recommender import Recommendation, Recommender
+from torchrec_pt.recommender import Recommendation, Recommender, find_user
 from torchrec_pt.runs import StageResult, finished_stages
-from torchrec_pt.stages import entered, train_stage
+from torchrec_pt.stages import Stage, entered, train_stage
 
 
 def prepare(config: RunConfig, console: Console | None = None) -> PreparedDataset:
@@ -39,25 +39,26 @@ def prepare(config: RunConfig, console: Console | None = None) -> PreparedDatase
         with raised_together():
             if stage.ranks.is_first:
                 prepare_dataset(config.data, config.prepared_dir, config.seed)
-        dataset = PreparedDataset.load(config.prepared_dir)
+        dataset = PreparedDataset.load(config.prepared_dir, stage.ranks)
         if config.pretrain is not None:
             require_rows(dataset.manifest, "validation")
         stage.say(
-            f"prepare: {dataset.num_users:,} users, {dataset.num_items:,} items, "
-            f"{len(dataset.interactions.values):,} interactions in {config.prepared_dir}"
+            f"prepare: {dataset.manifest.num_users:,} users, {dataset.num_items:,} items, "
+            f"{dataset.manifest.num_interactions:,} interactions in {config.prepared_dir}"
         )
         for notice in notices(dataset.manifest):
             stage.say(f"prepare: {notice}")
         return dataset
 
 
-def _load_prepared(config: RunConfig) -> PreparedDataset:
-    """What the prepare stage left.
+def _load_prepared(stage: Stage) -> PreparedDataset:
+    """What the prepare stage left, the parts of this rank.
 
     Raises:
         DataError: nothing, or the data of another configuration.
     """
-    dataset = PreparedDataset.load(config.prepared_dir)
+    config = stage.config
+    dataset = PreparedDataset.load(config.prepared_dir, stage.ranks)
     if not is_prepared_from(dataset.manifest, config.data, config.seed):
         raise DataError(
             f"{config.prepared_dir}: was prepared from another [data] section or seed; "
@@ -74,7 +75,7 @@ def pretrain(config: RunConfig, console: Console | None = None) -> StageResult:
         TrainingError: the loss became NaN or infinite.
     """
     with entered(config, console) as stage:
-        dataset = _load_prepared(config)
+        dataset = _load_prepared(stage)
         objectives = build_objectives(config, dataset)
         assert config.pretrain is not None
         return train_stage(
@@ -103,7 +104,7 @@ def finetune(
             "[finetune.rating]"
         )
     with entered(config, console) as stage:
-        dataset = _load_prepared(config)
+        dataset = _load_prepared(stage)
         pretrained = finished_stages(config, dataset).get("pretrain")
         if pretrained is None:
             raise ValueError(
@@ -141,7 +142,7 @@ def evaluate(config: RunConfig, console: Console | None = None) -> Evaluation:
         ValueError: no test interactions.
     """
     with entered(config, console) as stage:
-        dataset = _load_prepared(config)
+        dataset = _load_prepared(stage)
         evaluation: Evaluation = {}
         folder = config.run_dir / "evaluate"
         for task in dict.fromkeys(["ranking", *config.finetune.tasks]):
@@ -152,7 +153,7 @@ def evaluate(config: RunConfig, console: Console | None = None) -> Evaluation:
             with raised_together():
                 if stage.ranks.is_first:
                     with whole_file(folder / f"{task}.parquet") as partial:
-                        detail.write_parquet(partial, use_pyarrow=True)
+                        detail().write_parquet(partial, use_pyarrow=True)
         with raised_together():
             if stage.ranks.is_first:
                 write_json(folder / "result.json", {t: asdict(e) for t, e in evaluation.items()})
@@ -177,7 +178,7 @@ def recommend(
     """The user's external id (the first user's if None) and k recommendations."""
     with joined_ranks():
         recommender = Recommender.load(config.run_dir)
-        known = str(user if user is not None else recommender.dataset.users["external_id"][0])
+        known = str(user if user is not None else recommender.first_user)
         return known, recommender.recommend(known, k=k)
 
 
@@ -223,6 +224,6 @@ def run(config: RunConfig, console: Console | None = None) -> RunResult:
 def _check_show(show: ShowConfig, dataset: PreparedDataset) -> None:
     """Before anything is trained: what `run` shows at its end exists."""
     if show.user is not None:
-        dataset.user_index(show.user)
+        find_user(dataset, show.user)
     if show.title is not None and show.title not in dataset.items.columns:
         raise ValueError(f'show.title: no item feature "{show.title}"; declare it in data.features')

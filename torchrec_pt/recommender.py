@@ -12,10 +12,16 @@ from torch import Tensor
 from torchrec_pt.build import load_learner
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
-from torchrec_pt.distributed import Ranks, join_ranks
+from torchrec_pt.distributed import (
+    Ranks,
+    gather_objects,
+    gather_rows,
+    join_ranks,
+    raised_together,
+)
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.runs import load_run_config, served_stage
-from torchrec_pt.scoring import ModelScorer, encode_histories, top_items
+from torchrec_pt.scoring import ModelScorer, encode_histories, gather_blocks, top_items
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,12 @@ class Recommender:
         self.ranks = ranks
         self._history = dataset.history("test")
         self._scorer = ModelScorer(backbone, self._history, ranks)
+
+    @property
+    def first_user(self) -> str | int:
+        """External id of the first user of the first rank."""
+        ids = [*self.dataset.users["external_id"].head(1)]
+        return next(id for part in gather_objects(ids) for id in part)
 
     @classmethod
     def load(cls, run_dir: str | Path) -> Recommender:
@@ -68,19 +80,20 @@ class Recommender:
         """
         if (user is None) == (history is None):
             raise ValueError("recommend: give either user or history")
-        known = -1
+        device = self.ranks.device
         if user is not None:
-            known = self.dataset.user_index(user)
-            seen = self._history.select(torch.tensor([known]))
+            found = find_user(self.dataset, user)
+            own = torch.tensor([] if found is None else [found], dtype=torch.int64)
+            (seen,) = [s for s in gather_blocks(self._history.select(own).to(device)) if s.num_rows]
+            query = gather_rows(self._scorer.queries(own))
         else:
             ids = [self.dataset.item_index(item) for item in history or ()]
             seen = Jagged(torch.tensor(ids, dtype=torch.int64), torch.tensor([0, len(ids)]))
-        device = self.ranks.device
-        vector = encode_histories(
-            self.backbone, torch.tensor([known], device=device), seen.to(device)
-        )
+            nobody = torch.tensor([-1], device=device)
+            query = encode_histories(self.backbone, nobody, seen.to(device))
         ids_, scores = top_items(
-            vector @ self._scorer.keys.T,
+            self._scorer,
+            query,
             seen if exclude_seen else None,
             k,
             self.dataset.num_items,
@@ -97,6 +110,18 @@ class Recommender:
         ]
 
 
+def find_user(dataset: PreparedDataset, external_id: str | int) -> int | None:
+    """The user's place on the rank that has them, None on the others; all ranks call it.
+
+    Raises:
+        DataError: no rank has this user.
+    """
+    if any(gather_objects(dataset.has_user(external_id))):
+        return dataset.user_index(external_id) if dataset.has_user(external_id) else None
+    with raised_together():
+        return dataset.user_index(external_id)
+
+
 def load_served(run_dir: Path, ranks: Ranks) -> tuple[PreparedDataset, Backbone]:
     """The data and the served model of a finished run; all ranks call it.
 
@@ -104,6 +129,6 @@ def load_served(run_dir: Path, ranks: Ranks) -> tuple[PreparedDataset, Backbone]
         ValueError: no finished run there.
     """
     config = load_run_config(run_dir)
-    dataset = PreparedDataset.load(config.prepared_dir)
+    dataset = PreparedDataset.load(config.prepared_dir, ranks)
     learner = load_learner(config, served_stage(config, dataset).checkpoint, dataset, ranks)
     return dataset, learner.backbone

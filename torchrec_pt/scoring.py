@@ -1,53 +1,129 @@
-"""Scores of users against the catalogue, each rank for its own range of items."""
+"""Scores of users against the catalogue, each rank for its own range of items.
+
+Everything is computed in blocks that the number of ranks does not change: users in blocks of one
+part of the dataset, items in blocks of ITEM_BLOCK from the first on. A matrix product may round
+differently with its shape; so a score has the same bits for any number of ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from typing import Protocol, TypeVar, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from torchrec_pt.data.batch import Draw, Embedded, lookup_ids
 from torchrec_pt.data.jagged import Jagged
-from torchrec_pt.distributed import Ranks, gather_rows
+from torchrec_pt.distributed import Ranks, gather_each, gather_integers, gather_rows
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.item_table import ItemTable
 
-# (users (B,) int64) -> (B, N_r) float32 scores of the items in this rank's range
-Scorer = Callable[[Tensor], Tensor]
+ITEM_BLOCK = 512
+BLOCKS_PER_LOOKUP = 128
+
+Query = TypeVar("Query", Tensor, Jagged)
+
+
+class Scorer(Protocol[Query]):
+    """Asked in two steps, since users' histories and items' vectors lie on different ranks."""
+
+    def queries(self, users: Tensor) -> Query:
+        """One row for each of these users (B,) of this rank; all ranks call it together."""
+
+    def scores(self, queries: Query, items: range) -> Tensor:
+        """(B, len(items)) float32 of some of this rank's items, for the queries of any rank."""
 
 
 class ModelScorer:
-    """Scores a block of users against this rank's range of the catalogue.
+    """Inner products of users' and items' vectors.
 
     Args:
-        history: what each user took before, the rows of all users.
+        history: what each user of this rank took before.
     """
-
-    def __init__(self, backbone: Backbone, history: Jagged, ranks: Ranks) -> None:
-        self.users = UserEncoder(backbone, history, ranks)
-        begin, end = ranks.part_of(backbone.items.num_items)
-        self.keys = encode_item_range(backbone, begin, end)
-
-    def __call__(self, users: Tensor) -> Tensor:
-        return self.users(users) @ self.keys.T
-
-
-class UserEncoder:
-    """(B,) users -> (B, D) vectors on every rank; each rank encodes its part of the block."""
 
     def __init__(self, backbone: Backbone, history: Jagged, ranks: Ranks) -> None:
         self.backbone = backbone
         self.history = history
-        self.ranks = ranks
+        self.device = ranks.device
+        self._first = own_items(backbone.items.num_items, ranks).start
+        self._keys = encode_own_items(backbone, ranks)
 
-    @torch.no_grad()
-    def __call__(self, users: Tensor) -> Tensor:
-        begin, end = self.ranks.part_of(len(users))
-        mine = users[begin:end]
-        history = self.history.select(mine).to(self.ranks.device)
-        return gather_rows(encode_histories(self.backbone, mine.to(self.ranks.device), history))
+    def queries(self, users: Tensor) -> Tensor:
+        history = self.history.select(users).to(self.device)
+        return encode_histories(self.backbone, users.to(self.device), history)
+
+    def scores(self, queries: Tensor, items: range) -> Tensor:
+        return queries @ self._keys[items.start - self._first : items.stop - self._first].T
+
+
+# --- blocks -------------------------------------------------------------------------------------
+
+
+def own_items(num_items: int, ranks: Ranks) -> range:
+    """The items that a rank scores: whole blocks."""
+    begin, end = ranks.part_of(-(-num_items // ITEM_BLOCK))
+    return range(min(begin * ITEM_BLOCK, num_items), min(end * ITEM_BLOCK, num_items))
+
+
+def most_items(num_items: int, ranks: Ranks) -> int:
+    """The most items that a rank scores, ITEM_BLOCK or more."""
+    num_blocks = math.ceil(num_items / ITEM_BLOCK)
+    return math.ceil(num_blocks / ranks.world_size) * ITEM_BLOCK
+
+
+def item_blocks(items: range) -> list[range]:
+    return [
+        range(begin, min(begin + ITEM_BLOCK, items.stop))
+        for begin in range(items.start, items.stop, ITEM_BLOCK)
+    ]
+
+
+def row_blocks(parts: Tensor, size: int, ranks: Ranks) -> list[Tensor]:
+    """This rank's rows in blocks of at most `size`, all of one part; on every rank equally many.
+
+    Args:
+        parts: (R,) int64, ascending, the part of each row.
+    Returns:
+        (≤ size,) int64 each; empty at the end where other ranks have more.
+    """
+    rows = torch.arange(len(parts))
+    sizes = parts.unique_consecutive(return_counts=True)[1].tolist()
+    blocks = [block for part in rows.split(sizes or [0]) for block in part.split(size)]
+    most = max(num for (num,) in gather_integers([len(blocks)], ranks.device))
+    return blocks + [rows[:0]] * (most - len(blocks))
+
+
+@overload
+def gather_blocks(block: Tensor) -> list[Tensor]: ...
+@overload
+def gather_blocks(block: Jagged) -> list[Jagged]: ...
+def gather_blocks(block: Tensor | Jagged) -> list[Tensor] | list[Jagged]:
+    """The block of each rank, in rank order, on every rank."""
+    if isinstance(block, Tensor):
+        return gather_each(block)
+    parts = zip(gather_each(block.values), gather_each(block.lengths), strict=True)
+    return [Jagged.from_lengths(values, lengths) for values, lengths in parts]
+
+
+# --- vectors ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_own_items(backbone: Backbone, ranks: Ranks) -> Tensor:
+    """(len(own_items), D) vectors; all ranks call it."""
+    items = own_items(backbone.items.num_items, ranks)
+    per_lookup = ITEM_BLOCK * BLOCKS_PER_LOOKUP
+    vectors = []
+    for begin in range(0, most_items(backbone.items.num_items, ranks), per_lookup):
+        some = items[begin : begin + per_lookup]
+        rows = backbone.items.rows(some.start, some.stop).detach()
+        ids = torch.arange(some.start, some.stop, device=rows.device)
+        vectors += [
+            backbone.encode_items(*block)
+            for block in zip(ids.split(ITEM_BLOCK), rows.split(ITEM_BLOCK), strict=True)
+        ]
+    return torch.cat(vectors)
 
 
 @torch.no_grad()
@@ -80,30 +156,57 @@ def embed(items: ItemTable, draw: Draw, device: torch.device) -> Embedded:
     )
 
 
+# --- the best -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
 def top_items(
-    scores: Tensor, seen: Jagged | None, k: int, num_items: int, ranks: Ranks
+    scorer: Scorer[Query],
+    queries: Query,
+    seen: Jagged | None,
+    k: int,
+    num_items: int,
+    ranks: Ranks,
 ) -> tuple[Tensor, Tensor]:
-    """The k best items of each user that are not in their row of `seen`.
+    """The k best items of each query that are not in its row of `seen`.
 
     Args:
-        scores: (B, N_r) of the items in this rank's range; those of seen items are overwritten.
+        queries: B rows, the same on every rank.
     Returns:
         ids (B, k) int64 and scores (B, k) float32, best first; −inf where candidates ran out.
     """
-    begin, _ = ranks.part_of(num_items)
-    if seen is not None:
-        hide(scores, seen.to(scores.device), begin)
-    best = scores.topk(min(k, scores.shape[1]), dim=1)
-    if dist.get_world_size() == 1:
-        return best.indices, best.values
-    ids = gather_rows((best.indices + begin).T.contiguous()).T
-    values = gather_rows(best.values.T.contiguous()).T
-    merged = values.topk(min(k, values.shape[1]), dim=1)
-    return ids.gather(1, merged.indices), merged.values
+    best: list[tuple[Tensor, Tensor]] = []
+    hidden = None if seen is None else ByItem(seen.to(ranks.device))
+    for block in item_blocks(own_items(num_items, ranks)):
+        scores = scorer.scores(queries, block)
+        if hidden is not None:
+            hidden.overwrite(scores, block, -torch.inf)
+        top = scores.topk(min(k, len(block)), dim=1)
+        best = [_merged([*best, (top.indices + block.start, top.values)], k)]
+    if ranks.world_size == 1:
+        return best[0]
+    num_rows = len(queries) if isinstance(queries, Tensor) else queries.num_rows
+    none = torch.zeros(num_rows, 0, device=ranks.device)
+    ids, values = best[0] if best else (none.long(), none)
+    return _merged([(gather_rows(ids.T.contiguous()).T, gather_rows(values.T.contiguous()).T)], k)
 
 
-def hide(scores: Tensor, seen: Jagged, begin: int) -> None:
-    """Overwrite the scores of seen items by −inf; scores (B, N_r) of the items from `begin`."""
-    item = seen.values - begin
-    is_held = (item >= 0) & (item < scores.shape[1])
-    scores[seen.rows[is_held], item[is_held]] = -torch.inf
+def _merged(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The k best of all; equal scores in the order of the parts."""
+    ids, values = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+    order = values.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return ids.gather(1, order), values.gather(1, order)
+
+
+class ByItem:
+    """A jagged of items by item, so that a block of items finds its entries at once."""
+
+    def __init__(self, items: Jagged) -> None:
+        self._items, order = items.values.sort()
+        self._rows = items.rows[order]
+
+    def overwrite(self, scores: Tensor, block: range, value: float) -> None:
+        """The scores (B, len(block)) of each row's own items become `value`."""
+        edges = self._items.new_tensor([block.start, block.stop])
+        begin, end = torch.searchsorted(self._items, edges).tolist()
+        scores[self._rows[begin:end], self._items[begin:end] - block.start] = value

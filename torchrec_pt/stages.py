@@ -88,7 +88,7 @@ def train_stage(
         stage.say(f"{name}: {report}")
         transfer = asdict(report)
     loader = HistoryLoader(
-        dataset.history("train"),
+        dataset,
         batch_size=train.batch_size,
         max_length=config.model.max_length,
         seed=config.seed,

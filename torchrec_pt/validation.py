@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks
-from torchrec_pt.evaluate import held_out, predict_pairs, rank_targets
+from torchrec_pt.evaluate import gather_by_user, held_out, predict_pairs, rank_targets
 from torchrec_pt.learner import Learner
 from torchrec_pt.metrics import (
     Estimate,
@@ -40,42 +42,80 @@ def validation(
     Raises:
         ValueError: the split left nothing to validate on.
     """
+    if not dataset.manifest.num_valid:
+        raise ValueError("data.split: no user has a validation interaction; change the split")
     batch_size = config.evaluate.batch_size
     task = next(iter(learner.objectives.values()), None)
     if isinstance(task, PairTask):
         pairs = held_out_pairs(dataset, "valid")
-        _require(len(pairs.users))
+        parts = dataset.part_of_user[pairs.users]
 
         def validate_pairs() -> dict[str, float]:
-            predictions = predict_pairs(learner, task, pairs, ranks, batch_size)
-            return _values(pair_metrics(task, pairs, predictions))
+            predictions = predict_pairs(learner, task, pairs, parts, ranks, batch_size)
+            judged = gather_judged(dataset, task, pairs, {"": predictions}, ranks)
+            return _values(judged.metrics(task, ""))
 
         return validate_pairs
 
     asked = held_out(dataset, "valid")
-    _require(len(asked.users))
+    parts, users = dataset.part_of_user[asked.users], dataset.user_ids[asked.users]
     history = dataset.history("train")
 
     def validate_ranking() -> dict[str, float]:
         scorer = ModelScorer(learner.backbone, history, ranks)
-        found = rank_targets(scorer, asked, dataset.num_items, ranks, batch_size)
+        found = rank_targets(scorer, asked, parts, dataset.num_items, ranks, batch_size)
+        _, found = gather_by_user(users, found, ranks)
         return {n: float(v.mean()) for n, v in ranking_metrics(found, (10,)).items()}
 
     return validate_ranking
 
 
-def pair_metrics(task: PairTask, asked: Asked, predictions: Tensor) -> dict[str, Estimate]:
-    """The task's metrics of predictions (P,) of the asked targets."""
-    targets = asked.targets
-    _, user = torch.unique(asked.users[targets.rows], return_inverse=True)
-    metrics = click_metrics if isinstance(task, CtrTask) else rating_metrics
-    return metrics(predictions, task.labels[targets.values], user)
+@dataclass(frozen=True)
+class Judged:
+    """Held-out interactions (P,) of all ranks, by dense user id.
+
+    Attributes:
+        users, items: (P,) int64 dense ids.
+        labels: (P,) float32.
+        predictions: model -> (P,) float32.
+    """
+
+    users: Tensor
+    items: Tensor
+    labels: Tensor
+    predictions: dict[str, Tensor]
+
+    def metrics(self, task: PairTask, model: str) -> dict[str, Estimate]:
+        """The task's metrics of a model's predictions."""
+        _, user = torch.unique(self.users, return_inverse=True)
+        metrics = click_metrics if isinstance(task, CtrTask) else rating_metrics
+        return metrics(self.predictions[model], self.labels, user)
+
+
+def gather_judged(
+    dataset: PreparedDataset,
+    task: PairTask,
+    asked: Asked,
+    predictions: Mapping[str, Tensor],
+    ranks: Ranks,
+) -> Judged:
+    """Of the asked targets of every rank; `predictions`: model -> (P,) of this rank's."""
+    rows = asked.targets.values
+    columns = {"items": dataset.interactions.values[rows], "labels": task.labels[rows]}
+    columns |= {f"model {model}": found for model, found in predictions.items()}
+    users = dataset.user_ids[asked.users[asked.targets.rows]]
+    one_each = torch.arange(len(rows) + 1)
+    gathered = {}
+    for name, values in columns.items():
+        everyone, found = gather_by_user(users, Jagged(values, one_each), ranks)
+        gathered[name] = found.values
+    return Judged(
+        users=everyone,
+        items=gathered["items"],
+        labels=gathered["labels"],
+        predictions={model: gathered[f"model {model}"] for model in predictions},
+    )
 
 
 def _values(estimates: dict[str, Estimate]) -> dict[str, float]:
     return {name: estimate.value for name, estimate in estimates.items()}
-
-
-def _require(num_rows: int) -> None:
-    if not num_rows:
-        raise ValueError("data.split: no user has a validation interaction; change the split")

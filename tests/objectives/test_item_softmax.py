@@ -144,7 +144,7 @@ def test_it_lowers_its_own_loss(
             "objectives": [{"name": objective, "negatives": negatives}],
         },
     )
-    found = losses.train(config.model_dump(mode="json"), cycle, ranks)["losses"]
+    found = losses.train({"config": config.model_dump(mode="json")}, cycle, ranks)["losses"]
     means = torch.tensor(found).view(40, 4).mean(1)
     # Chance is about log 30 = 3.4; other draws move an epoch's mean by up to 0.1.
     assert means[-3:].mean() < means[:3].mean() - gain, means

@@ -137,7 +137,7 @@ def test_it_lowers_its_own_loss(
             "objectives": [{"name": "masked_item", "mask_fraction": 0.3}],
         },
     )
-    found = losses.train(config.model_dump(mode="json"), cycle, ranks)["losses"]
+    found = losses.train({"config": config.model_dump(mode="json")}, cycle, ranks)["losses"]
     means = torch.tensor(found).view(20, 4).mean(1)
     # From chance, log 30 = 3.4, to about 3.0; other masks move an epoch's mean by about 0.05.
     assert means[-3:].mean() < means[:3].mean() - 0.2, means

@@ -89,7 +89,7 @@ def test_it_lowers_its_own_loss(
             "objectives": [{"name": "next_item"}],
         },
     )
-    found = losses.train(config.model_dump(mode="json"), cycle, ranks)["losses"]
+    found = losses.train({"config": config.model_dump(mode="json")}, cycle, ranks)["losses"]
     means = torch.tensor(found).view(10, 4).mean(1)
     # Chance is log 30 = 3.4; another order of the users moves an epoch's mean by about 0.1.
     assert means[-1] < means[0] - 0.5

@@ -247,9 +247,9 @@ def test_a_label_that_is_asked_does_not_reach_its_own_prediction(
     assert torch.equal(before, after)
 
 
-def test_item_biases_are_shrunk_mean_deviations() -> None:
+def test_item_biases_are_shrunk_mean_deviations(ranks: Ranks) -> None:
     items, labels = torch.tensor([0, 2, 0, 0]), torch.tensor([5.0, 1.0, 4.0, 2.0])
-    biases = item_biases(items, labels - 3.0, 4, shrinkage=2.0)
+    biases = item_biases(items, labels, 3.0, 4, shrinkage=2.0)
     assert biases.tolist() == pytest.approx([(2 + 1 - 1) / 5, 0, -2 / 3, 0])
 
 
@@ -365,7 +365,9 @@ def test_it_lowers_its_own_loss(
     monkeypatch.setattr(losses, "EPOCHS", 25)  # of four steps
     task = {"batch_size": 10, "learning_rate": 0.01, "warmup_steps": 0, "cuts_per_user": 2}
     config = _config(name, model, **task)
-    found = losses.train(config.model_dump(mode="json"), cycle_with_features, ranks)["losses"]
+    found = losses.train({"config": config.model_dump(mode="json")}, cycle_with_features, ranks)[
+        "losses"
+    ]
     means = torch.tensor(found).view(25, 4).mean(1)
     # The labels are chance, so this is learned by heart.
     assert means[-2:].mean() < 0.9 * means[:2].mean(), means
@@ -380,8 +382,9 @@ def test_blocks_of_any_size_predict_the_same(scattered: PreparedDataset, ranks: 
         backbone: Backbone
 
     asked = held_out_pairs(scattered, "test")
+    parts = scattered.part_of_user[asked.users]
     whole, cut = (
-        predict_pairs(Holder(backbone), task, asked, ranks, size)  # type: ignore[arg-type]
+        predict_pairs(Holder(backbone), task, asked, parts, ranks, size)  # type: ignore[arg-type]
         for size in (1000, 7)
     )
     torch.testing.assert_close(cut, whole)

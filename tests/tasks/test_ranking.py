@@ -150,7 +150,7 @@ def test_it_lowers_its_own_loss(
         model={"dim": 16, "num_layers": 1, "max_length": 8, "attention": attention},
         finetune={"ranking": {**ranking, "targets_per_user": 4}},
     )
-    found = losses.train(config.model_dump(mode="json"), cycle, ranks)["losses"]
+    found = losses.train({"config": config.model_dump(mode="json")}, cycle, ranks)["losses"]
     means = torch.tensor(found).view(12, 4).mean(1)
     # Chance is log 30 = 3.4 and log 2 = 0.69; an epoch's mean moves by a few hundredths of it.
     assert means[-1] < 0.8 * means[0], means

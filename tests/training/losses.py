@@ -20,11 +20,12 @@ from torchrec_pt.config import RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, gather_objects, joined_ranks
-from torchrec_pt.evaluate import held_out, predict_pairs, rank_targets
+from torchrec_pt.evaluate import gather_by_user, held_out, predict_pairs, rank_targets
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.plan import table_plans
 from torchrec_pt.scoring import ModelScorer
 from torchrec_pt.tasks.pairs import PairTask, held_out_pairs
+from torchrec_pt.validation import gather_judged
 
 EPOCHS = 2
 
@@ -48,7 +49,7 @@ def train(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> dict[
         objectives = build_objectives(config, dataset)
     built = build_learner(config, settings, objectives, dataset, ranks)
     loader = HistoryLoader(
-        dataset.history("train"),
+        dataset,
         batch_size=settings.batch_size,
         max_length=config.model.max_length,
         seed=config.seed,
@@ -87,12 +88,16 @@ def train(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> dict[
     backbone = built.learner.backbone.eval()
     scorer = ModelScorer(backbone, dataset.history("valid"), ranks)
     asked = held_out(dataset, "test")
-    found = rank_targets(scorer, asked, dataset.num_items, ranks, batch_size=7)
-    result["ranks"] = found.values.tolist()
+    parts = dataset.part_of_user[asked.users]
+    found = rank_targets(scorer, asked, parts, dataset.num_items, ranks, batch_size=7)
+    users = dataset.user_ids[asked.users]
+    result["ranks"] = gather_by_user(users, found, ranks)[1].values.tolist()
     if isinstance(objectives[0], PairTask):
         pairs = held_out_pairs(dataset, "test")
-        predictions = predict_pairs(built.learner, objectives[0], pairs, ranks, batch_size=7)
-        result["predictions"] = predictions.tolist()
+        parts = dataset.part_of_user[pairs.users]
+        predictions = predict_pairs(built.learner, objectives[0], pairs, parts, ranks, 7)
+        judged = gather_judged(dataset, objectives[0], pairs, {"": predictions}, ranks)
+        result["predictions"] = judged.predictions[""].tolist()
     return result
 
 
@@ -121,8 +126,8 @@ def whole_tables(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def main(prepared: Path, cases: Path, out: Path) -> None:
-    dataset = PreparedDataset.load(prepared)
     with joined_ranks() as ranks:
+        dataset = PreparedDataset.load(prepared, ranks)
         results = {
             name: train(case, dataset, ranks)
             for name, case in json.loads(cases.read_text()).items()

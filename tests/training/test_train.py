@@ -13,7 +13,6 @@ import torch
 from tests.conftest import tiny_config
 from torchrec_pt import pipeline
 from torchrec_pt.config import RunConfig
-from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.train import Trainer, TrainingError
 
 OBJECTIVES = [{"name": "masked_item"}, {"name": "contrastive", "weight": 0.1}]
@@ -133,21 +132,6 @@ def test_patience_ends_training_and_the_best_checkpoint_is_kept(
     assert [entry["epoch"] for entry in result.values["curve"]] == [0, 1, 2]
     assert result.checkpoint.name == "step-00000000"
     assert result.checkpoint.is_dir()
-
-
-def test_every_user_is_trained_on_once_an_epoch_in_an_order_that_changes(
-    cycle_folder: Path, tmp_path: Path
-) -> None:
-    from torchrec_pt.distributed import joined_ranks
-
-    dataset = pipeline.prepare(_config(cycle_folder, tmp_path))
-    with joined_ranks() as ranks:
-        loader = HistoryLoader(
-            dataset.history("train"), batch_size=10, max_length=8, seed=0, ranks=ranks
-        )
-        orders = [torch.cat(loader.epoch(epoch)).tolist() for epoch in (0, 1)]
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(dataset.num_users))
-    assert orders[0] != orders[1]
 
 
 def test_the_curve_is_in_the_result_file(cycle_folder: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class RowKeys:
     """Which rows of a step one rank holds.
 
     Attributes:
-        users: (B,) int64 dense user ids; −1 marks a padding row.
+        users: (B,) int64, places among the rank's users; −1 marks a padding row.
         noise: the randomness of these rows in this step.
         weight: (B,) float32; 0 for a padding row.
     """

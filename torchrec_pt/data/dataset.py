@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import polars as pl
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.manifest import Manifest, load_manifest
+from torchrec_pt.data.parts import read_row_groups
 from torchrec_pt.data.splits import SPLIT_CODES
+from torchrec_pt.distributed import Ranks
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedDataset:
-    """What `prepare` wrote, loaded whole. Rows N are sorted by user, then time.
+    """What `prepare` wrote, of the parts that this rank has; one process has all of it.
+
+    The U users of a rank are those of its parts, in the order of dense ids. What is said of users
+    goes by their place among these, 0 … U − 1. The N interactions are sorted by user, then time.
 
     Attributes:
-        users: row = dense user id; `external_id` and feature columns.
-        items: row = dense item id; `external_id`, `count` and feature columns.
+        user_ids: (U,) int64 dense ids of the users.
+        part_of_user: (U,) int64, ascending: which of the manifest's parts a user belongs to.
         interactions: item ids (N,) int64 in one row per user.
         split: (N,) int8: 0 train, 1 valid, 2 test.
         rating, label: (N,) float32, or None where the raw data had no such column.
         timestamp: (N,) float64, or None.
         interaction_features: N rows of the configured features of interactions, typed as in
             `prepare`; without columns where there are none.
-        item_counts: (num_items,) int64: training interactions of each item.
+        item_counts: (num_items,) int64: training interactions of each item, of all users.
     """
 
     path: Path
     manifest: Manifest
-    users: pl.DataFrame
-    items: pl.DataFrame
+    user_ids: Tensor
+    part_of_user: Tensor
     interactions: Jagged
     split: Tensor
     rating: Tensor | None
@@ -46,29 +55,31 @@ class PreparedDataset:
     item_counts: Tensor
 
     @classmethod
-    def load(cls, path: str | Path) -> PreparedDataset:
-        """Read the folder that `prepare` wrote.
+    def load(cls, path: str | Path, ranks: Ranks | None = None) -> PreparedDataset:
+        """Read the folder that `prepare` wrote: part k on rank k mod world_size.
 
+        Args:
+            ranks: None reads every part.
         Raises:
             DataError: no prepared dataset there, or one that is damaged.
         """
         path = Path(path)
         manifest = load_manifest(path)
-        try:
-            users = pl.read_parquet(path / "users.parquet", glob=False)
-            items = pl.read_parquet(path / "items.parquet", glob=False)
-            rows = pl.read_parquet(path / "interactions.parquet", glob=False)
-        except (pl.exceptions.PolarsError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(
-                f"{path}: damaged, {reason}; remove the folder and prepare it again"
-            ) from None
-        lengths = torch.bincount(_tensor(rows["user"], pl.Int64), minlength=users.height)
+        rank, world_size = (ranks.rank, ranks.world_size) if ranks is not None else (0, 1)
+        own = torch.arange(len(manifest.parts))[rank::world_size]
+        with _undamaged(path):
+            rows = read_row_groups(path / "interactions.parquet", own.tolist())
+            counts = pl.read_parquet(path / "items.parquet", columns=["count"], glob=False)
+        sizes = torch.tensor([part.num_users for part in manifest.parts])
+        by_part = Jagged.from_lengths(torch.arange(manifest.num_users), sizes)
+        user_ids = by_part.select(own).values
+        user = torch.searchsorted(user_ids, _tensor(rows["user"], pl.Int64))
+        lengths = torch.bincount(user, minlength=len(user_ids))
         return cls(
             path=path,
             manifest=manifest,
-            users=users,
-            items=items,
+            user_ids=user_ids,
+            part_of_user=own.repeat_interleave(sizes[own]),
             interactions=Jagged.from_lengths(_tensor(rows["item"], pl.Int64), lengths),
             split=_tensor(rows["split"], pl.Int8),
             rating=_optional_tensor(rows, "rating", pl.Float32),
@@ -79,16 +90,36 @@ class PreparedDataset:
                 for summary in manifest.features
                 if summary.feature.of == "interaction"
             ),
-            item_counts=_tensor(items["count"], pl.Int64),
+            item_counts=_tensor(counts["count"], pl.Int64),
         )
+
+    @cached_property
+    def users(self) -> pl.DataFrame:
+        """This rank's users: `external_id` and feature columns. Read when first asked for."""
+        with _undamaged(self.path):
+            own = self.part_of_user.unique().tolist()
+            return read_row_groups(self.path / "users.parquet", own)
+
+    @cached_property
+    def items(self) -> pl.DataFrame:
+        """Row = dense item id: `external_id`, `count`, features. Read when first asked for."""
+        with _undamaged(self.path):
+            return pl.read_parquet(self.path / "items.parquet", glob=False)
+
+    def external_user_ids(self) -> pl.Series:
+        """Of all users, on every rank alike, by dense id; for what is written by user."""
+        with _undamaged(self.path):
+            file = self.path / "users.parquet"
+            return pl.read_parquet(file, columns=["external_id"], glob=False)["external_id"]
 
     @property
     def num_users(self) -> int:
-        return self.users.height
+        """Of this rank; the manifest counts all."""
+        return len(self.user_ids)
 
     @property
     def num_items(self) -> int:
-        return self.items.height
+        return self.manifest.num_items
 
     def history(self, through: Literal["train", "valid", "test"]) -> Jagged:
         """Item ids of each user in time order, of this split and the ones before it."""
@@ -99,12 +130,16 @@ class PreparedDataset:
         return self.interactions.filter(self.split == SPLIT_CODES[split])
 
     def user_index(self, external_id: str | int) -> int:
-        """Dense id of a user; "196" and 196 name the same one.
+        """Place of one of this rank's users; "196" and 196 name the same one.
 
         Raises:
             DataError: no such user.
         """
         return _index_of(self.users["external_id"], external_id, "user")
+
+    def has_user(self, external_id: str | int) -> bool:
+        """Whether it is one of this rank's users."""
+        return _find(self.users["external_id"], str(external_id)) is not None
 
     def item_index(self, external_id: str | int) -> int:
         """Dense id of an item; "242" and 242 name the same one.
@@ -123,13 +158,26 @@ def _optional_tensor(rows: pl.DataFrame, name: str, dtype: type[pl.DataType]) ->
     return _tensor(rows[name], dtype) if name in rows.columns else None
 
 
+@contextlib.contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{path}: damaged, {reason}; remove the folder and prepare it again"
+        ) from None
+
+
+def _find(ids: pl.Series, text: str) -> int | None:
+    if ids.dtype == pl.String:
+        return ids.index_of(text)
+    return ids.index_of(int(text)) if _is_int64(text) else None
+
+
 def _index_of(ids: pl.Series, external_id: str | int, what: str) -> int:
     text = str(external_id)
-    found = None
-    if ids.dtype == pl.String:
-        found = ids.index_of(text)
-    elif _is_int64(text):
-        found = ids.index_of(int(text))
+    found = _find(ids, text)
     if found is not None:
         return found
     if ids.dtype == pl.String:

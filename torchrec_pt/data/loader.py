@@ -5,67 +5,104 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchrec_pt import rng
 from torchrec_pt.data.batch import Rows, rows_of_users
-from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import Ranks
 
-# Users are shuffled, cut into chunks of so many batches, and sorted by length inside a chunk:
-# the padding of a batch shrinks while its users still vary from epoch to epoch.
+# The users of a part are shuffled, cut into chunks for so many batches, and sorted by length inside
+# a chunk: the padding of a batch shrinks while its users still vary from epoch to epoch.
 BATCHES_PER_CHUNK = 16
 
 
 class HistoryLoader:
-    """Global batches of users' histories, dealt to ranks row by row.
+    """Global batches of users' training histories, each rank with its own users of them.
+
+    Each part of the dataset is in an order of its own, and the global order takes one user of
+    each part in turn (of the parts that have users left, the larger first). So a batch has users
+    of all parts, hence of all ranks, and a rank knows where its users stand without the others'.
 
     Args:
-        histories: training items of every user, in time order.
+        dataset: the parts of this rank.
         batch_size: rows of a global batch, over all ranks together.
         max_length: histories longer than this count as this long when sorting.
     """
 
     def __init__(
-        self, histories: Jagged, *, batch_size: int, max_length: int, seed: int, ranks: Ranks
+        self,
+        dataset: PreparedDataset,
+        *,
+        batch_size: int,
+        max_length: int,
+        seed: int,
+        ranks: Ranks,
     ) -> None:
-        self.histories = histories
-        self.users = torch.nonzero(histories.lengths > 0).squeeze(1)
+        self.histories = dataset.history("train")
         self.batch_size = batch_size
         self.seed = seed
         self.ranks = ranks
-        self._capped_lengths = histories.lengths.clamp(max=max_length)
+        self._capped_lengths = self.histories.lengths.clamp(max=max_length)
+        self._users = torch.nonzero(self.histories.lengths > 0).squeeze(1)
+        self._part_of_user = dataset.part_of_user[self._users]
+        self._sizes = torch.tensor([part.num_training for part in dataset.manifest.parts])
+        own = torch.bincount(self._part_of_user, minlength=len(self._sizes))
+        self._begins = own.cumsum(0) - own  # of each part, in the order of an epoch
+        self.num_users = int(self._sizes.sum())
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.users) // self.batch_size)
+        return -(-self.num_users // self.batch_size)
 
-    def epoch(self, epoch: int) -> list[Tensor]:
-        """The global batches of one epoch: (≤ batch_size,) user ids each."""
-        order = self.users[rng.permutation(len(self.users), self.seed, "epoch", epoch)]
-        chunk = torch.arange(len(order)) // (self.batch_size * BATCHES_PER_CHUNK)
-        longest = int(self._capped_lengths.max()) + 1
-        by_length = chunk * longest + self._capped_lengths[order]
-        batches = order[torch.argsort(by_length, stable=True)].split(self.batch_size)
-        deal = rng.permutation(len(batches), self.seed, "batches", epoch)
-        return [batches[index] for index in deal.tolist()]
+    def steps(self, epoch: int, start: int = 0) -> Iterator[Rows]:
+        """This rank's rows of the steps of an epoch from `start` on, the batches shuffled.
 
-    def steps(self, epoch: int) -> Iterator[Rows]:
-        """This rank's rows of every step of an epoch."""
-        first_step = epoch * self.steps_per_epoch
-        for index, users in enumerate(self.epoch(epoch)):
-            yield self._my_rows(users, first_step + index)
+        Ranks have equally many rows; missing ones are padded.
+        """
+        order = self._order(epoch)
+        num_steps = self.steps_per_epoch
+        batches = rng.permutation(num_steps, self.seed, "batches", epoch).tolist()
+        for step in range(start, num_steps):
+            begin = batches[step] * self.batch_size
+            places = torch.arange(begin, min(begin + self.batch_size, self.num_users))
+            part, index = self._at(places)
+            rank = part % self.ranks.world_size
+            is_mine = rank == self.ranks.rank
+            users = order[self._begins[part[is_mine]] + index[is_mine]]
+            missing = int(rank.bincount().max()) - len(users)
+            users = F.pad(users, (0, missing), value=-1)
+            rows = F.pad(places[is_mine] - begin, (0, missing), value=self.batch_size)
+            yield Rows(
+                users=users,
+                noise=rng.RowNoise(self.seed, epoch * num_steps + step, rows),
+                weight=(users >= 0).float(),
+                histories=rows_of_users(self.histories, users),
+            )
 
-    def _my_rows(self, users: Tensor, step: int) -> Rows:
-        rank, world_size = self.ranks.rank, self.ranks.world_size
-        rows_per_rank = -(-len(users) // world_size)
-        rows = torch.arange(rows_per_rank) * world_size + rank
-        is_real = rows < len(users)
-        mine = torch.full_like(rows, -1)
-        mine[is_real] = users[rows[is_real]]
-        return Rows(
-            users=mine,
-            noise=rng.RowNoise(self.seed, step, rows),
-            weight=is_real.float(),
-            histories=rows_of_users(self.histories, mine),
-        )
+    def _order(self, epoch: int) -> Tensor:
+        """This rank's users, part after part."""
+        num_parts = int((self._sizes > 0).sum())
+        per_chunk = max(1, self.batch_size * BATCHES_PER_CHUNK // num_parts)
+        longest = int(self._capped_lengths.max()) + 1 if len(self._users) else 1
+        parts, sizes = self._part_of_user.unique_consecutive(return_counts=True)
+        ordered = [self._users]
+        for part, users in zip(parts.tolist(), self._users.split(sizes.tolist()), strict=True):
+            users = users[rng.permutation(len(users), self.seed, "epoch", epoch, part)]
+            chunk = torch.arange(len(users)) // per_chunk
+            by_length = chunk * longest + self._capped_lengths[users]
+            ordered.append(users[by_length.argsort(stable=True)])
+        return torch.cat(ordered[1:] or ordered)
+
+    def _at(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Of places (B,) in the global order, the part and the index in its order."""
+        sizes, by_size = self._sizes.sort(descending=True, stable=True)
+        # Before the part of the j-th smallest size runs out, one user of each is taken in turn.
+        ends = F.pad(sizes.flip(0), (1, 0))
+        num_left = torch.arange(len(sizes), 0, -1)
+        before = F.pad((ends.diff() * num_left).cumsum(0), (1, 0))
+        stretch = torch.searchsorted(before, places, right=True) - 1
+        into = places - before[stretch]
+        turns = num_left[stretch]
+        return by_size[into % turns], ends[stretch] + into // turns

@@ -12,7 +12,7 @@ from torchrec_pt.config import Columns, Feature, Filters, Section, Split
 from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.splits import fewest_to_evaluate
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 
 
@@ -51,6 +51,17 @@ class Dropped(Section):
     core: int = 0
 
 
+class Part(Section):
+    """Consecutive users and their rows: one row group of users.parquet and interactions.parquet.
+
+    A rank reads its own parts. `num_training` counts the users who have a training row.
+    """
+
+    num_users: int
+    num_rows: int
+    num_training: int
+
+
 class Manifest(Section):
     """The content of manifest.json.
 
@@ -75,6 +86,7 @@ class Manifest(Section):
     split: Split
     filters: Filters
     dropped: Dropped
+    parts: tuple[Part, ...]
     sources: tuple[Source, ...]
     files: dict[str, int]
 

@@ -24,6 +24,7 @@ from torchrec_pt.data.manifest import (
     load_manifest,
 )
 from torchrec_pt.data.numbering import renumber
+from torchrec_pt.data.parts import cut_parts, write_row_groups
 from torchrec_pt.data.readers import RawData, read_raw
 from torchrec_pt.data.sources import find_sources
 from torchrec_pt.data.splits import TEST, TRAIN, VALID, assign_splits, fewest_to_evaluate
@@ -42,7 +43,8 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
                               0 train, 1 valid, 2 test), features; sorted by user, then time,
                               then place in the raw files
         vocabulary.parquet    of, column, value, id: the categories seen in training; 0 = unknown
-    Users and items that never train come last, by first row. Features that stand in the
+    Users and items that never train come last, by first row. The users and their interactions stand
+    in row groups of the same users, the manifest's `parts`. Features that stand in the
     interactions are those of the first training row of a user or item, else of the first row.
     Numeric features are Float32, categorical ones String or List(String), vectors List(Float32).
 
@@ -65,10 +67,14 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
             return kept
         tables, summaries, dropped = _build_tables(config, read_raw(config), seed)
         with whole_or_nothing(out) as folder:
-            for name, table in tables.items():
-                # Not by polars itself, which may call a full disk "Invalid thrift".
-                table.write_parquet(folder / name, use_pyarrow=True)
             rows = tables["interactions.parquet"]
+            parts = cut_parts(rows)
+            heights = {
+                "users.parquet": [part.num_users for part in parts],
+                "interactions.parquet": [part.num_rows for part in parts],
+            }
+            for name, table in tables.items():
+                write_row_groups(folder / name, table, heights.get(name, [table.height]))
             split, num_of_user = rows["split"], rows.group_by("user").len()["len"]
             manifest = Manifest(
                 format_version=FORMAT_VERSION,
@@ -87,6 +93,7 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
                 split=config.split,
                 filters=config.filters,
                 dropped=dropped,
+                parts=parts,
                 sources=sources,
                 files={name: (folder / name).stat().st_size for name in tables},
             )

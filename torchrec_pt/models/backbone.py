@@ -47,7 +47,7 @@ class Backbone(nn.Module, ABC):
         """(R, D): what a user with this history takes next.
 
         Args:
-            users: (R,) int64 dense user ids; −1 for somebody of whom nothing else is known.
+            users: (R,) int64 users of this rank; −1 for somebody of whom nothing else is known.
             history: R rows of item table rows (T, D), oldest first, at most `history_length`
                 each; a row may be empty.
             noise: dropout's randomness, one row a user; None for no dropout.

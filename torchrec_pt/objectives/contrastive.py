@@ -155,10 +155,9 @@ class ContrastiveObjective(nn.Module):
     def _pairs_loss(self, backbone: Backbone, drawn: Embedded, keys: RowKeys) -> LossTerm:
         user = backbone.encode_users(keys.users, drawn.vectors["history"], keys.noise)
         weight = keys.weight * drawn.tensors["has_target"]
-        num_pairs = sum_over_ranks(weight.sum()).clamp(min=1)
+        num_others = (sum_over_ranks(weight.sum()) - 1).clamp(min=torch.finfo(torch.float32).tiny)
         parts = [self._items(backbone, drawn, "item")]
-        # A row's own pair counts too, one too many: the figures of the demo were made so.
-        sources: list[Source] = [InBatch(self.log_share, num_pairs)]
+        sources: list[Source] = [InBatch(self.log_share, num_others)]
         if self.sampler is not None:
             parts.append(self._items(backbone, drawn, "negatives"))
             sources.append(Sampled(self.sampler))

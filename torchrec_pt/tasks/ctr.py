@@ -11,7 +11,8 @@ from torch import Tensor
 from torchrec_pt.config import CtrConfig, ModelConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.splits import TRAIN
-from torchrec_pt.tasks.pairs import PairTask
+from torchrec_pt.distributed import raised_together
+from torchrec_pt.tasks.pairs import PairTask, mean_over_ranks
 
 
 class CtrTask(PairTask):
@@ -60,9 +61,12 @@ def click_labels(config: CtrConfig, dataset: PreparedDataset) -> Tensor:
             "clicks of ratings"
         )
     odd = labels[(labels != 0) & (labels != 1)]
-    if len(odd):
-        raise ValueError(f"finetune.ctr: labels must be 0 or 1, found {odd[0]:g}; mend the column")
-    share = float(labels[dataset.split == TRAIN].mean())
+    with raised_together():
+        if len(odd):
+            raise ValueError(
+                f"finetune.ctr: labels must be 0 or 1, found {odd[0]:g}; mend the column"
+            )
+    share = mean_over_ranks(labels[dataset.split == TRAIN])
     if share in (0.0, 1.0):
         raise ValueError(
             f"finetune.ctr: every training label is {share:g}, nothing can be learned from that; "

@@ -20,6 +20,7 @@ from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.entity_features import load_entity_features
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.splits import SPLIT_CODES, TRAIN
+from torchrec_pt.distributed import sum_over_ranks
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.dropout import RowDropout
@@ -34,7 +35,7 @@ class Asked:
     """Interactions to be judged, by row of interactions.parquet, and what was known before them.
 
     Attributes:
-        users: (R,) int64; −1 for a padding row.
+        users: (R,) int64, of this rank; −1 for a padding row.
         known: the interactions of every user that could be known, in time order.
         num_known: (R,) int64, how many of its user's were before the asked ones.
         targets: R rows of the interactions that are asked.
@@ -77,13 +78,10 @@ class PairTask(nn.Module, ABC):
         self.labels = labels
         rows = torch.arange(len(labels))
         self._train = dataset.interactions.with_values(rows).filter(is_train)
-        self.mean = float(labels[is_train].double().mean())
+        self.mean = mean_over_ranks(labels[is_train])
         self.shrinkage = config.shrinkage / self.information
         biases = item_biases(
-            self._items[is_train],
-            labels[is_train] - self.mean,
-            dataset.num_items,
-            self.shrinkage,
+            self._items[is_train], labels[is_train], self.mean, dataset.num_items, self.shrinkage
         )
         self.item_bias = nn.Embedding.from_pretrained(biases.unsqueeze(1), freeze=False)
         encoders: dict[str, FeatureEncoder] = {
@@ -229,12 +227,21 @@ def held_out_pairs(dataset: PreparedDataset, split: Literal["valid", "test"]) ->
     return Asked(users, known, before[first] - known.offsets[users], targets)
 
 
-def item_biases(items: Tensor, deviations: Tensor, num_items: int, shrinkage: float) -> Tensor:
-    """(num_items,) float32: each item's shrunk mean deviation.
+def mean_over_ranks(labels: Tensor) -> float:
+    """The mean of the labels of all ranks; sums of ratings and clicks are exact in any order."""
+    total, num = sum_over_ranks(torch.tensor([labels.double().sum(), len(labels)])).tolist()
+    return total / num
+
+
+def item_biases(
+    items: Tensor, labels: Tensor, mean: float, num_items: int, shrinkage: float
+) -> Tensor:
+    """(num_items,) float32: each item's shrunk mean deviation from the mean label, over all ranks.
 
     Args:
-        items: (N,) int64.  deviations: (N,) float32 of the labels from their mean.
+        items: (N,) int64.  labels: (N,) float32; of this rank's training interactions.
     """
-    sums = torch.zeros(num_items, dtype=torch.float64).index_add(0, items, deviations.double())
-    counts = torch.bincount(items, minlength=num_items)
-    return (sums / (counts + shrinkage).clamp(min=1)).float()
+    sums = torch.zeros(num_items, dtype=torch.float64).index_add(0, items, labels.double())
+    sums = sum_over_ranks(sums)
+    counts = sum_over_ranks(torch.bincount(items, minlength=num_items))
+    return ((sums - mean * counts) / (counts + shrinkage).clamp(min=1)).float()

@@ -7,6 +7,7 @@ from torch import Tensor
 from torchrec_pt.config import ModelConfig, RatingConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.splits import TRAIN
+from torchrec_pt.distributed import gather_objects
 from torchrec_pt.tasks.pairs import PairTask
 
 
@@ -22,7 +23,9 @@ class RatingTask(PairTask):
             )
         super().__init__(config, model, dataset, dataset.rating)
         seen = dataset.rating[dataset.split == TRAIN]
-        self._lowest, self._highest = float(seen.min()), float(seen.max())
+        extremes = [ends for ends in gather_objects(_extremes(seen)) if ends]
+        self._lowest = min(lowest for lowest, _ in extremes)
+        self._highest = max(highest for _, highest in extremes)
 
     @property
     def information(self) -> float:
@@ -36,3 +39,7 @@ class RatingTask(PairTask):
 
     def losses(self, linked: Tensor, labels: Tensor) -> Tensor:
         return (linked - labels).square()
+
+
+def _extremes(ratings: Tensor) -> tuple[float, float] | None:
+    return (float(ratings.min()), float(ratings.max())) if len(ratings) else None
