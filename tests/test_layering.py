@@ -14,8 +14,18 @@ ROOT = Path(__file__).parents[1]
 # From the bottom to the top. A module or folder may import its own layer and those below it.
 # `_C` is the compiled extension.
 LAYERS = (
-    {"config", "config_file", "rng", "distributed", "files", "events", "progress", "_C"},
-    {"data", "ops", "metrics", "checkpoint", "runs"},
+    {
+        "config",
+        "config_file",
+        "rng",
+        "distributed",
+        "files",
+        "events",
+        "progress",
+        "_C",
+        "safetensors_file",
+    },
+    {"data", "ops", "metrics", "checkpoint", "saver", "item_rows", "runs"},
     {"global_negatives"},
     {"models", "sharding", "ring", "negatives"},
     {"objectives", "tasks"},

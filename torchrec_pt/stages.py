@@ -5,21 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from torch import nn
 
 from torchrec_pt.build import build_learner
-from torchrec_pt.config import RunConfig, TrainConfig
+from torchrec_pt.config import PretrainConfig, RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, joined_ranks, raised_together
 from torchrec_pt.files import write_json
 from torchrec_pt.optim import Optimizers
-from torchrec_pt.runs import StageResult, load_result, stage_fingerprint
+from torchrec_pt.runs import (
+    StageResult,
+    load_result,
+    origin,
+    origin_digest,
+    stage_fingerprint,
+)
 from torchrec_pt.train import Trainer
-from torchrec_pt.transfer import load_pretrained
+from torchrec_pt.transfer import Numbering, continue_training, load_pretrained
 from torchrec_pt.validation import monitor_of, validation
 
 
@@ -60,7 +67,7 @@ def train_stage(
     objectives: Sequence[nn.Module],
     start_from: StageResult | None,
 ) -> StageResult:
-    """Train from the initial values, or from those of an earlier stage.
+    """Train from the initial values, from those of an earlier stage, or from `continue_from`.
 
     Args:
         folder: inside the run's.
@@ -81,11 +88,12 @@ def train_stage(
 
     started_at = time.monotonic()
     built = build_learner(config, train, objectives, dataset, ranks)
-    transfer: dict[str, list[str]] = {}
+    numbering = Numbering.of(dataset)
+    started: dict[str, Any] = {"transfer": {}}
     if start_from is not None:
-        report = load_pretrained(start_from.checkpoint, built.model)
+        report = load_pretrained(start_from.checkpoint, built.model, numbering, ranks)
         stage.say(f"{name}: {report}")
-        transfer = asdict(report)
+        started = {"transfer": report.values()}
     loader = HistoryLoader(
         dataset.history("train"),
         batch_size=train.batch_size,
@@ -96,6 +104,12 @@ def train_stage(
     optimizers = Optimizers(
         built.model, train, built.placement, train.epochs * loader.steps_per_epoch
     )
+    optimizers.init_state()
+    if isinstance(train, PretrainConfig) and train.continue_from is not None:
+        source = origin(train.continue_from)
+        report = continue_training(source, built.model, optimizers, numbering, ranks)
+        stage.say(f"{name}: continues from {source}: {report}")
+        started = {"transfer": report.values(), "origin": origin_digest(config)}
     trainer = Trainer(
         built.model,
         built.learner,
@@ -106,6 +120,7 @@ def train_stage(
         monitor=monitor,
         folder=path,
         fingerprint=fingerprint,
+        numbering=numbering,
         ranks=ranks,
         console=stage.console,
     )
@@ -118,7 +133,7 @@ def train_stage(
             "monitor": monitor,
             "metrics": trainer.best["metrics"],
             "curve": position.curve,
-            "transfer": transfer,
+            **started,
             "seconds": time.monotonic() - started_at,
         },
     )

@@ -50,10 +50,10 @@ class HistoryLoader:
         deal = rng.permutation(len(batches), self.seed, "batches", epoch)
         return [batches[index] for index in deal.tolist()]
 
-    def steps(self, epoch: int) -> Iterator[Rows]:
-        """This rank's rows of every step of an epoch."""
+    def steps(self, epoch: int, start: int = 0) -> Iterator[Rows]:
+        """This rank's rows of every step of an epoch, from its step `start` on."""
         first_step = epoch * self.steps_per_epoch
-        for index, users in enumerate(self.epoch(epoch)):
+        for index, users in enumerate(self.epoch(epoch)[start:], start):
             yield self._my_rows(users, first_step + index)
 
     def _my_rows(self, users: Tensor, step: int) -> Rows:
