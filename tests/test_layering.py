@@ -25,7 +25,7 @@ LAYERS = (
         "_C",
         "safetensors_file",
     },
-    {"data", "ops", "metrics", "checkpoint", "saver", "item_rows", "runs"},
+    {"data", "ops", "metrics", "checkpoint", "saver", "item_rows", "conversion", "runs"},
     {"global_negatives"},
     {"models", "sharding", "ring", "negatives"},
     {"objectives", "tasks"},
@@ -35,7 +35,7 @@ LAYERS = (
     {"stages"},
     {"evaluation"},
     {"pipeline"},
-    {"tables", "doctor"},
+    {"tables", "doctor", "checkpoint_commands"},
     {"cli"},
     {"__main__"},
 )
