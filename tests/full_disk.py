@@ -52,8 +52,12 @@ def call(config: str, run_dir: Path) -> dict[str, Any]:
     child = multiprocessing.get_context("fork").Process(target=run, args=(config, run_dir, said))
     child.start()
     child.join()
-    files = [path for path in run_dir.rglob("*") if path.is_file()]
-    left = {str(path.relative_to(run_dir)): path.stat().st_size for path in files}
+    left: dict[str, int] = {}
+    counted: set[int] = set()  # names of one file take its space once
+    for path in sorted(path for path in run_dir.rglob("*") if path.is_file()):
+        about = path.stat()
+        left[str(path.relative_to(run_dir))] = 0 if about.st_ino in counted else about.st_size
+        counted.add(about.st_ino)
     return {"code": child.exitcode, "complained": said.read_text(), "left": left}
 
 

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import filesystem
 
 from tests.conftest import tiny_config
-from torchrec_pt import checkpoint
 from torchrec_pt.build import Built, build_learner, build_objectives
-from torchrec_pt.checkpoint import CheckpointError
+from torchrec_pt.checkpoint import Checkpoint, CheckpointError, parts_of
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.optim import Optimizers
+from torchrec_pt.saver import Saver
+from torchrec_pt.transfer import model_tensors, optimizer_tensors
 
 STATE = {"position": {"epoch": 3, "best": 0.1}, "text": "ü"}
+IDS = pl.Series("external_id", ["a", "ü", "c"])
 
 
 @pytest.fixture(scope="module")
@@ -43,30 +48,43 @@ def _tensors() -> dict[str, Tensor]:
     }
 
 
+def _save(folder: Path, step: int, tensors: dict[str, Tensor], ranks: Ranks) -> Path:
+    with Saver(folder, IDS, ranks, keep_last=9, in_background=False) as saver:
+        saver.save(step, tensors, STATE, best_step=step)
+    return folder / f"step-{step:08d}"
+
+
 @pytest.fixture
 def saved(tmp_path: Path, ranks: Ranks) -> Path:
-    return checkpoint.save(tmp_path, 12, _tensors(), STATE, ranks)
+    return _save(tmp_path, 12, _tensors(), ranks)
 
 
 def _bits(tensor: Any) -> bytes:
-    if hasattr(tensor, "local_shards"):
-        (shard,) = tensor.local_shards()
-        tensor = shard.tensor
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    parts = [part for _, part in parts_of(tensor)]
+    return b"".join(p.contiguous().flatten().view(torch.uint8).numpy().tobytes() for p in parts)
 
 
 # --- there and back -----------------------------------------------------------------------------
 
 
-def test_tensors_and_state_come_back_as_they_were(saved: Path) -> None:
-    assert saved.name == "step-00000012"
+def test_tensors_state_and_ids_come_back_as_they_were(saved: Path, ranks: Ranks) -> None:
+    opened = Checkpoint.open(saved, ranks)
     loaded = {name: torch.full_like(tensor, 9) for name, tensor in _tensors().items()}
-    checkpoint.load(saved, loaded)
+    opened.load(loaded, IDS)
     for name, tensor in _tensors().items():
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor), name
-    assert checkpoint.load_state(saved) == STATE
-    assert checkpoint.shapes(saved)["matrix"] == (5, 3)
+    assert opened.state == STATE
+    assert opened.items.to_list() == IDS.to_list()
+    assert opened.shapes() == {name: tuple(t.shape) for name, t in _tensors().items()}
+    assert opened.made_by.startswith("torchrec_pt ")
+
+
+def test_a_box_of_a_tensor_is_read_alone(saved: Path, ranks: Ranks) -> None:
+    opened, matrix = Checkpoint.open(saved, ranks), _tensors()["matrix"]
+    assert torch.equal(opened.read("matrix"), matrix)
+    assert torch.equal(opened.read("matrix", (1, 4), (2, 3)), matrix[1:4, 2:3])
+    assert torch.equal(opened.read("scalar"), torch.tensor([2.5]))
 
 
 class _Training:
@@ -75,7 +93,8 @@ class _Training:
     def __init__(
         self, folder: Path, seed: int, table: dict[str, Any], data: PreparedDataset, ranks: Ranks
     ) -> None:
-        model = {"dim": 16, "num_layers": 1, "max_length": 8, "item_table": table}
+        dim = 256 if table["placement"] == "column_wise" else 16  # two shards of 128 columns
+        model = {"dim": dim, "num_layers": 1, "max_length": 8, "item_table": table}
         config: RunConfig = tiny_config(folder, model=model, seed=seed)
         assert config.pretrain is not None
         objectives = build_objectives(config, data)
@@ -95,28 +114,37 @@ class _Training:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return self.built.model.state_dict() | self.optimizers.state()
+        return model_tensors(self.built.model) | optimizer_tensors(self.optimizers)
 
 
 @pytest.mark.parametrize(
     "table",
-    [{"placement": "replicated"}, {"placement": "row_wise", "optimizer": "rowwise_adagrad"}],
-    ids=["adamw", "rowwise_adagrad"],
+    [
+        {"placement": "replicated"},
+        {"placement": "row_wise", "optimizer": "rowwise_adagrad"},
+        {"placement": "column_wise", "optimizer": "adagrad"},
+    ],
+    ids=["adamw", "rowwise_adagrad", "two column shards on a rank"],
 )
 def test_model_and_optimizers_come_back_bit_for_bit_and_train_on_alike(
     tmp_path: Path, cycle: PreparedDataset, ranks: Ranks, table: dict[str, Any]
 ) -> None:
     first = _Training(tmp_path, 0, table, cycle, ranks)
     first.epoch(0)
-    path = checkpoint.save(tmp_path, 4, first.tensors, {}, ranks)
+    path = _save(tmp_path, 4, first.tensors, ranks)
     second = _Training(tmp_path, 1, table, cycle, ranks)  # other initial values
-    checkpoint.load(path, second.tensors)
+    Checkpoint.open(path, ranks).load(second.tensors, IDS)
 
     expected, got = first.tensors, second.tensors
     assert expected.keys() == got.keys()
     kinds = {name.rsplit(".", 1)[1] for name in expected}
     assert {"exp_avg", "exp_avg_sq", "step"} <= kinds
-    assert ("sum" in kinds) == (table["placement"] == "row_wise")
+    assert any(name.endswith(".item.weight.sum") for name in expected) == (
+        table["placement"] != "replicated"
+    )
+    if table["placement"] == "column_wise":
+        sums = [t for name, t in expected.items() if name.endswith(".item.weight.sum")]
+        assert [len(parts_of(t)) for t in sums] == [2]
     for name, tensor in expected.items():
         assert _bits(tensor) == _bits(got[name]), name
     assert second.epoch(1) == first.epoch(1)
@@ -125,9 +153,9 @@ def test_model_and_optimizers_come_back_bit_for_bit_and_train_on_alike(
 # --- what is refused ----------------------------------------------------------------------------
 
 
-def _refusal(path: Path) -> str:
+def _refusal(path: Path, ranks: Ranks) -> str:
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load_state(path)
+        Checkpoint.open(path, ranks)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -136,46 +164,109 @@ def _files(path: Path) -> list[str]:
     return sorted(file.name for file in path.iterdir() if file.name != "complete.json")
 
 
-@pytest.mark.parametrize("damage", ["a flipped byte", "cut short", "removed"])
-def test_damage_to_any_file_is_refused_by_one_line_that_names_it(saved: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["a flipped byte", "cut short", "emptied", "removed"])
+def test_damage_to_any_file_is_refused_by_one_line_that_names_it(
+    saved: Path, ranks: Ranks, damage: str
+) -> None:
+    assert len(_files(saved)) == 3
     for name in _files(saved):
         file = saved / name
         whole = file.read_bytes()
         if damage == "a flipped byte":
             middle = len(whole) // 2
             file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-        elif damage == "cut short":
-            file.write_bytes(whole[:-1])
-        else:
+        elif damage == "removed":
             file.unlink()
-        assert _refusal(saved) == f"{file}: damaged or missing; use another checkpoint"
+        else:
+            file.write_bytes(whole[:-1] if damage == "cut short" else b"")
+        assert _refusal(saved, ranks) == f"{file}: damaged or missing; use another checkpoint"
         file.write_bytes(whole)
-        assert checkpoint.load_state(saved) == STATE
+        assert Checkpoint.open(saved, ranks).state == STATE
 
 
-@pytest.mark.parametrize("content", [None, "", '{"state.json": '])
-def test_without_the_mark_of_completeness_it_is_refused(saved: Path, content: str | None) -> None:
+@pytest.mark.parametrize("content", [None, "", '{"state.json": ', "[]", "{}"])
+def test_without_the_mark_of_completeness_it_is_refused(
+    saved: Path, ranks: Ranks, content: str | None
+) -> None:
     mark = saved / "complete.json"
     mark.unlink()
     if content is not None:
         mark.write_text(content)
-    assert _refusal(saved) == f"{saved}: no complete checkpoint; use another one"
+    assert _refusal(saved, ranks) == f"{saved}: no complete checkpoint; use another one"
 
 
-def test_damaged_tensors_are_not_loaded(saved: Path) -> None:
+def _rewrite(path: Path, name: str, content: bytes) -> None:
+    """As somebody would who knows the format: the hash is right."""
+    (path / name).write_bytes(content)
+    hashes = json.loads((path / "complete.json").read_text())
+    hashes[name] = hashlib.sha256(content).hexdigest()
+    (path / "complete.json").write_text(json.dumps(hashes))
+
+
+def test_a_file_outside_the_folder_is_not_read(saved: Path, ranks: Ranks) -> None:
+    for name in ("../elsewhere", "/etc/hostname", "..", "a/b"):
+        hashes = json.loads((saved / "complete.json").read_text())
+        (saved / "complete.json").write_text(json.dumps({**hashes, name: "0" * 64}))
+        assert f'names "{name}", which is no file of the checkpoint' in _refusal(saved, ranks)
+        (saved / "complete.json").write_text(json.dumps(hashes))
+
+
+def test_a_file_too_many_is_refused(saved: Path, ranks: Ranks) -> None:
+    extra = saved / "shard-00009-00000.safetensors"
+    extra.write_bytes(next(saved.glob("*.safetensors")).read_bytes())
+    assert _refusal(saved, ranks).startswith(f"{extra}: is no file of the checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"), [({"version": 3}, "3"), ({"version": None}, "1"), ({"format": "x"}, "2")]
+)
+def test_another_format_or_version_is_refused(
+    saved: Path, ranks: Ranks, change: dict[str, Any], found: str
+) -> None:
+    document = json.loads((saved / "state.json").read_text())
+    _rewrite(saved, "state.json", json.dumps({**document, **change}).encode())
+    said = _refusal(saved, ranks)
+    assert said.startswith(f"{saved}: is of format version {found}, this is torchrec_pt with ")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x80\x04N.", b"\xff" * 64, (2).to_bytes(8, "little") + b"{}" + b"tail"],
+    ids=["nothing", "a pickle", "noise", "bytes of no tensor"],
+)
+def test_shards_that_are_no_safetensors_are_refused(
+    saved: Path, ranks: Ranks, content: bytes
+) -> None:
     (shard,) = saved.glob("*.safetensors")
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(CheckpointError):
-        checkpoint.load(saved, _tensors())
+    _rewrite(saved, shard.name, content)
+    assert "its shards are no safetensors of this format" in _refusal(saved, ranks)
 
 
-def test_tensors_of_another_model_are_refused_by_one_line(saved: Path) -> None:
-    with pytest.raises(CheckpointError, match='holds no tensor "other"; it is of another'):
-        checkpoint.load(saved, {"other": torch.zeros(1)})
-    message = '"matrix" is (5, 3), the model wants (5, 4); use the configuration'
-    with pytest.raises(CheckpointError, match=re.escape(message)):
-        checkpoint.load(saved, {"matrix": torch.zeros(5, 4)})
+def test_a_tensor_in_part_is_refused(tmp_path: Path, ranks: Ranks) -> None:
+    saved = _save(tmp_path, 1, {"matrix": torch.ones(4, 2)}, ranks)
+    (shard,) = saved.glob("*.safetensors")
+    content = shard.read_bytes().replace(b"[0, 0]", b"[4, 0]").replace(b"[0,0]", b"[4,0]")
+    _rewrite(saved, shard.name, content)
+    assert _refusal(saved, ranks).startswith(f'{saved}: holds "matrix" in part only')
+
+
+def test_what_does_not_fit_is_refused_by_one_line_before_anything_changed(
+    saved: Path, ranks: Ranks
+) -> None:
+    opened = Checkpoint.open(saved, ranks)
+    matrix = torch.full((5, 3), 9.0)
+    for name, tensor, said in [
+        ("other", torch.zeros(1), 'holds no tensor "other"; it is of another model'),
+        ("integers", torch.zeros(8).long(), '"integers" is (7,), the model wants (8,); use the'),
+        ("scalar", torch.zeros(1), '"scalar" is (), the model wants (1,); use the'),
+        ("half", torch.zeros(4), '"half" is torch.bfloat16, the model wants torch.float32; use'),
+    ]:
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            opened.load({"matrix": matrix, name: tensor}, IDS)
+    for ids in (["a", "c", "ü"], ["a", "ü"]):
+        with pytest.raises(CheckpointError, match="is of another catalogue of 3 items; use the"):
+            opened.load({"matrix": matrix}, pl.Series(ids))
+    assert (matrix == 9).all()
 
 
 # --- on disk ------------------------------------------------------------------------------------
@@ -183,7 +274,7 @@ def test_tensors_of_another_model_are_refused_by_one_line(saved: Path) -> None:
 
 def test_nothing_on_disk_is_pickled(saved: Path) -> None:
     files = sorted(saved.iterdir())
-    assert {file.suffix for file in files} == {".json", ".safetensors"}
+    assert {file.suffix for file in files} == {".json", ".parquet", ".safetensors"}
     for file in files:
         head = file.read_bytes()[:2]
         assert head[:1] != b"\x80", f"{file.name}: pickle"
@@ -192,44 +283,20 @@ def test_nothing_on_disk_is_pickled(saved: Path) -> None:
             json.loads(file.read_text())
 
 
-@pytest.mark.parametrize(
-    "step", ["dcp.save", "HuggingFaceStorageWriter.write_data", "sha256", "fsync"]
-)
-def test_an_interrupted_save_leaves_no_checkpoint_and_the_next_one_is_whole(
-    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, step: str
+def test_nothing_is_pickled_or_unpickled_on_the_way(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older = checkpoint.save(tmp_path, 1, _tensors(), STATE, ranks)
+    """But for what ranks tell each other, whose pickles torch.distributed has from the start."""
 
-    def full_disk(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "no space left")
+    def refuses(*_: object, **__: object) -> None:
+        raise AssertionError("pickle")
 
-    monkeypatch.setattr(f"torchrec_pt.checkpoint.{step}", full_disk)
-    message = f"{tmp_path}/step-00000002: cannot be written, No space left on device; free space"
-    with pytest.raises(CheckpointError, match=message):
-        checkpoint.save(tmp_path, 2, _tensors(), STATE, ranks)
-    assert list(tmp_path.iterdir()) == [older]
-    monkeypatch.undo()
-    newer = checkpoint.save(tmp_path, 2, _tensors(), STATE, ranks)
-    assert checkpoint.saved(tmp_path) == [older, newer]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [older.name, newer.name]
-    assert checkpoint.load_state(newer) == STATE
-
-
-def test_saving_a_step_again_replaces_it(saved: Path, ranks: Ranks) -> None:
-    other = {"matrix": torch.ones(2)}
-    assert checkpoint.save(saved.parent, 12, other, {}, ranks) == saved
-    assert checkpoint.shapes(saved) == {"matrix": (2,)}
-    assert checkpoint.load_state(saved) == {}
-
-
-@pytest.mark.parametrize(
-    ("keep_last", "best", "left"), [(2, 3, [3, 4, 5]), (2, 4, [4, 5]), (1, 0, [0, 5]), (9, 0, None)]
-)
-def test_prune_keeps_the_last_ones_and_the_best(
-    tmp_path: Path, keep_last: int, best: int, left: list[int] | None
-) -> None:
-    for step in range(6):
-        (tmp_path / f"step-{step:08d}").mkdir()
-    checkpoint.prune(tmp_path, keep_last, tmp_path / f"step-{best:08d}")
-    steps = [int(path.name.removeprefix("step-")) for path in checkpoint.saved(tmp_path)]
-    assert steps == (list(range(6)) if left is None else left)
+    for name in ("dump", "dumps", "load", "loads"):
+        monkeypatch.setattr(pickle, name, refuses)
+    for name in ("save", "load"):
+        monkeypatch.setattr(torch, name, refuses)
+    assert filesystem.pickle is pickle  # torch.distributed.checkpoint's own metadata
+    path = _save(tmp_path, 1, _tensors(), ranks)
+    loaded = {name: torch.full_like(tensor, 9) for name, tensor in _tensors().items()}
+    Checkpoint.open(path, ranks).load(loaded, IDS)
+    assert torch.equal(loaded["matrix"], _tensors()["matrix"])

@@ -7,21 +7,24 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from tests.conftest import tiny_config
-from torchrec_pt import Recommender, checkpoint, cli, export_embeddings, pipeline
+from torchrec_pt import Recommender, cli, export_embeddings, pipeline
 from torchrec_pt.build import Built, build_learner
+from torchrec_pt.checkpoint import Checkpoint
 from torchrec_pt.config import Contrastive, RunConfig, ShowConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import join_ranks
 from torchrec_pt.runs import load_result, load_run_config, served_stage
-from torchrec_pt.transfer import load_pretrained
+from torchrec_pt.transfer import Numbering, TransferReport, load_pretrained
 
 PAIRS = {"epochs": 2, "batch_size": 10, "warmup_steps": 0, "control": "scratch"}
 
@@ -182,11 +185,20 @@ def _built(config: RunConfig) -> Built:
     return build_learner(config, TrainConfig(), [], dataset, join_ranks())
 
 
+def _load_pretrained(
+    path: Path, config: RunConfig, model: nn.Module | None = None
+) -> TransferReport:
+    """Into the configuration's model, or another one over the same items."""
+    numbering = Numbering.of(PreparedDataset.load(config.prepared_dir))
+    target: Any = model if model is not None else _built(config).model
+    return load_pretrained(path, target, numbering, join_ranks())
+
+
 def test_fine_tuning_loads_every_parameter_of_the_backbone(finished: RunConfig) -> None:
     pretrained = load_result(finished.run_dir / "pretrain")
     assert pretrained is not None
-    report = load_pretrained(pretrained.checkpoint, _built(finished).model)
-    held = checkpoint.shapes(pretrained.checkpoint)
+    report = _load_pretrained(pretrained.checkpoint, finished)
+    held = Checkpoint.open(pretrained.checkpoint, join_ranks()).shapes()
     assert report.loaded == sorted(name for name in held if name.startswith("model."))
     assert not report.new
     assert not report.dropped
@@ -226,9 +238,7 @@ def test_transfer_refuses_another_shape_and_another_model(finished: RunConfig) -
     assert pretrained is not None
     wider = finished.model.model_copy(update={"dim": 32})
     with pytest.raises(ValueError, match=r"is \(.*16.*\), the model wants \(.*32.*\)"):
-        load_pretrained(
-            pretrained.checkpoint, _built(finished.model_copy(update={"model": wider})).model
-        )
+        _load_pretrained(pretrained.checkpoint, finished.model_copy(update={"model": wider}))
 
     class Stranger(torch.nn.Module):
         def __init__(self) -> None:
@@ -236,7 +246,7 @@ def test_transfer_refuses_another_shape_and_another_model(finished: RunConfig) -
             self.linear = torch.nn.Linear(2, 2)
 
     with pytest.raises(ValueError, match="no parameter in common"):
-        load_pretrained(pretrained.checkpoint, Stranger())  # type: ignore[arg-type]
+        _load_pretrained(pretrained.checkpoint, finished, Stranger())
 
 
 def test_a_stage_refuses_the_data_of_another_configuration(finished: RunConfig) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
-from torchrec_pt import checkpoint
+from torchrec_pt.checkpoint import Checkpoint
 from torchrec_pt.config import ModelConfig, RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.entity_features import load_entity_features
@@ -143,9 +143,11 @@ def load_learner(
     For evaluation, export and serving; all ranks call it.
 
     Raises:
-        CheckpointError: a damaged checkpoint, or one of another model.
+        CheckpointError: a damaged checkpoint, or one of another model or catalogue.
     """
+    checkpoint = Checkpoint.open(path, ranks)
     built = _build_unfilled(config, TrainConfig(), objectives, dataset, ranks)
-    checkpoint.load(path, {f"model.{n}": v for n, v in built.model.state_dict().items()})
+    tensors = {f"model.{name}": value for name, value in built.model.state_dict().items()}
+    checkpoint.load(tensors, dataset.items["external_id"])
     built.model.eval()
     return built.learner

@@ -273,10 +273,23 @@ class TrainConfig(Section):
     validate_every: int = Field(1, ge=1, description="epochs between two validations")
     patience: int | None = Field(None, ge=1, description="validations without gain before the end")
     keep_checkpoints: int = Field(2, ge=1)
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="steps between two checkpoints; default: only at validations"
+    )
+    async_checkpoints: bool = Field(
+        True,
+        description="train on while a checkpoint is written; "
+        "false: no second copy of the tables in memory",
+    )
 
 
 class PretrainConfig(TrainConfig):
     objectives: tuple[Objective, ...] = Field(min_length=1)
+    continue_from: Path | None = Field(
+        None,
+        description="a stage's folder, or a checkpoint, of another run: start with its model and "
+        "optimizer states, its items matched by external id",
+    )
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> PretrainConfig:

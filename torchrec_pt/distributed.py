@@ -144,36 +144,39 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks, in rank order, on every rank."""
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The values of all ranks, in rank order, on every rank; `group`: a group of all of them."""
     out: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(out, value)
+    dist.all_gather_object(out, value, group=group)
     return out
 
 
 @contextlib.contextmanager
-def raised_together() -> Iterator[None]:
+def raised_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """What a user can mend, met by any rank inside the block, is raised on every rank at its end.
 
-    A barrier besides: all ranks leave the block together.
+    The same on all: that of the first rank that met something. A barrier besides: all ranks leave
+    the block together.
     """
     failure: OSError | ValueError | None = None
     try:
         yield
     except (OSError, ValueError) as error:
         failure = error
-    _wait_for_ranks(PATIENCE)
-    failures = [one for one in gather_objects(failure) if one is not None]
-    if failures:
-        raise failure or failures[0]
+    _wait_for_ranks(PATIENCE, group)
+    failures = gather_objects(failure, group)
+    first = next((rank for rank, one in enumerate(failures) if one is not None), None)
+    if first is not None:
+        raise failures[first] if failure is None or first != dist.get_rank() else failure
 
 
-def _wait_for_ranks(longest: datetime.timedelta) -> None:
+def _wait_for_ranks(longest: datetime.timedelta, group: dist.ProcessGroup | None) -> None:
     """A barrier with a timeout of its own."""
     options = dist.BarrierOptions()
     options.timeout = longest
-    assert dist.group.WORLD is not None
-    dist.group.WORLD.barrier(options).wait()
+    group = group or dist.group.WORLD
+    assert group is not None
+    group.barrier(options).wait()
 
 
 def gather_integers(values: Sequence[int], device: torch.device) -> list[list[int]]:

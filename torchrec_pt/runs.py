@@ -19,10 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchrec_pt.config import RunConfig, TrainConfig
+from torchrec_pt import checkpoint
+from torchrec_pt.config import PretrainConfig, RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.files import write_json
+from torchrec_pt.files import sha256, write_json
 from torchrec_pt.placement import settle_optimizer
+
+# Settings that the result of a stage does not depend on. What continue_from names is part of the
+# fingerprint by its content.
+_NOT_IN_FINGERPRINT = frozenset(
+    {"control", "keep_checkpoints", "checkpoint_every", "async_checkpoints", "continue_from"}
+)
 
 
 @dataclass(frozen=True)
@@ -85,18 +92,65 @@ def stage_fingerprint(
 
     The item table's optimizer is a part of it and its placement is not, so a stage goes on
     under another plan and on another number of ranks.
+
+    Raises:
+        ValueError: continue_from names no checkpoint.
     """
+    if isinstance(train, PretrainConfig):
+        start = origin_digest(config)
     table = config.model.item_table
     parts = (
         dataset.manifest.fingerprint,
         config.model.digest(exclude=frozenset({"item_table"})),
         settle_optimizer(table, dataset.num_items, config.model.dim),
         table.learning_rate or train.learning_rate,
-        train.digest(exclude=frozenset({"control", "keep_checkpoints"})),
+        train.digest(exclude=_NOT_IN_FINGERPRINT),
         config.seed,
         start,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def origin_digest(config: RunConfig) -> str | None:
+    """Names the content of the checkpoint that pretraining continues from, if it does.
+
+    Once pretraining is finished that checkpoint may go: result.json knows its digest.
+
+    Raises:
+        ValueError: continue_from names no checkpoint.
+    """
+    if config.pretrain is None or config.pretrain.continue_from is None:
+        return None
+    try:
+        return sha256(origin(config.pretrain.continue_from) / checkpoint.MARK)
+    except ValueError:
+        finished = load_result(config.run_dir / "pretrain")
+        if finished is None or "origin" not in finished.values:
+            raise
+        return str(finished.values["origin"])
+
+
+def origin(path: Path) -> Path:
+    """The checkpoint that continue_from names: itself, of a stage the best or else the newest, or
+    the newest of a folder of checkpoints.
+
+    Raises:
+        ValueError: none there.
+    """
+    candidates = [path]
+    if (path / "checkpoints").is_dir():
+        result = load_result(path)
+        if result is not None:
+            candidates.append(result.checkpoint)
+        candidates += reversed(checkpoint.saved(path / "checkpoints"))
+    candidates += reversed(checkpoint.saved(path))
+    for candidate in candidates:
+        if (candidate / checkpoint.MARK).is_file():
+            return candidate
+    raise ValueError(
+        f"pretrain.continue_from: {path} holds no checkpoint; give the folder of a training stage "
+        "(<run_dir>/pretrain), or of one of its checkpoints"
+    )
 
 
 def load_run_config(run_dir: Path) -> RunConfig:

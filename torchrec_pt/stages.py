@@ -5,22 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from torch import nn
 
 from torchrec_pt.build import build_learner
-from torchrec_pt.config import RunConfig, TrainConfig
+from torchrec_pt.config import PretrainConfig, RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, joined_ranks, raised_together
 from torchrec_pt.files import write_json
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.plan import is_worth_showing, render_plan, table_plans, write_plan
-from torchrec_pt.runs import StageResult, load_result, stage_fingerprint
+from torchrec_pt.runs import (
+    StageResult,
+    load_result,
+    origin,
+    origin_digest,
+    stage_fingerprint,
+)
 from torchrec_pt.train import Trainer
-from torchrec_pt.transfer import load_pretrained
+from torchrec_pt.transfer import Numbering, continue_training, load_pretrained
 from torchrec_pt.validation import monitor_of, validation
 
 
@@ -61,7 +68,7 @@ def train_stage(
     objectives: Sequence[nn.Module],
     start_from: StageResult | None,
 ) -> StageResult:
-    """Train from the initial values, or from those of an earlier stage.
+    """Train from the initial values, from those of an earlier stage, or from `continue_from`.
 
     Args:
         folder: inside the run's.
@@ -82,11 +89,12 @@ def train_stage(
 
     started_at = time.monotonic()
     built = build_learner(config, train, objectives, dataset, ranks)
-    transfer: dict[str, list[str]] = {}
+    numbering = Numbering.of(dataset)
+    started: dict[str, Any] = {"transfer": {}}
     if start_from is not None:
-        report = load_pretrained(start_from.checkpoint, built.model)
+        report = load_pretrained(start_from.checkpoint, built.model, numbering, ranks)
         stage.say(f"{name}: {report}")
-        transfer = asdict(report)
+        started = {"transfer": report.values()}
     loader = HistoryLoader(
         dataset,
         batch_size=train.batch_size,
@@ -103,6 +111,11 @@ def train_stage(
             stage.console.print(render_plan(plans))
         if ranks.is_first:
             write_plan(path / "plan.json", plans)
+    if isinstance(train, PretrainConfig) and train.continue_from is not None:
+        source = origin(train.continue_from)
+        report = continue_training(source, built.model, optimizers, numbering, ranks)
+        stage.say(f"{name}: continues from {source}: {report}")
+        started = {"transfer": report.values(), "origin": origin_digest(config)}
     trainer = Trainer(
         built.model,
         built.learner,
@@ -113,6 +126,7 @@ def train_stage(
         monitor=monitor,
         folder=path,
         fingerprint=fingerprint,
+        numbering=numbering,
         ranks=ranks,
         console=stage.console,
     )
@@ -125,7 +139,7 @@ def train_stage(
             "monitor": monitor,
             "metrics": trainer.best["metrics"],
             "curve": position.curve,
-            "transfer": transfer,
+            **started,
             "seconds": time.monotonic() - started_at,
         },
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 
 from torchrec_pt import checkpoint
+from torchrec_pt.checkpoint import Checkpoint, CheckpointError
 from torchrec_pt.config import TrainConfig
 from torchrec_pt.data.batch import Batch, Rows
 from torchrec_pt.data.loader import HistoryLoader
@@ -24,7 +25,9 @@ from torchrec_pt.learner import Learner, StepLoss
 from torchrec_pt.metrics import goodness
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.progress import StageProgress
+from torchrec_pt.saver import Saver
 from torchrec_pt.train_pipeline import SparseDistPipeline, TakenStep, suits_pipeline
+from torchrec_pt.transfer import Numbering, model_tensors, optimizer_tensors
 
 # Metrics on the validation split
 Validate = Callable[[], dict[str, float]]
@@ -39,11 +42,17 @@ class Position:
     """How far a stage has come; saved with every checkpoint.
 
     Attributes:
+        epoch: epochs done.
+        step: steps done in all.
+        epoch_step: steps done in the epoch that has begun.
+        loss_sums: each objective's losses over those, summed in float32; empty before the first.
         curve: one entry per validation: epoch, step, mean losses of the last epoch, metrics.
     """
 
     epoch: int = 0
     step: int = 0
+    epoch_step: int = 0
+    loss_sums: list[float] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -54,6 +63,7 @@ class Trainer:
         learner: the module inside `model`.
         monitor: the validation metric that chooses the best checkpoint.
         fingerprint: names the configuration and inputs; a checkpoint of another one is not resumed.
+        numbering: of the tables' rows; every checkpoint holds it.
     """
 
     def __init__(
@@ -68,6 +78,7 @@ class Trainer:
         monitor: str,
         folder: Path,
         fingerprint: str,
+        numbering: Numbering,
         ranks: Ranks,
         console: Console | None,
     ) -> None:
@@ -80,9 +91,17 @@ class Trainer:
         self.monitor = monitor
         self.folder = folder
         self.fingerprint = fingerprint
+        self.numbering = numbering
         self.ranks = ranks
         self.console = console
         self.position = Position()
+        self._saver = Saver(
+            self._checkpoints,
+            numbering.items,
+            ranks,
+            keep_last=config.keep_checkpoints,
+            in_background=config.async_checkpoints,
+        )
         self.pipeline: SparseDistPipeline | None = None
         if suits_pipeline(learner, ranks.device):
             self.pipeline = SparseDistPipeline(
@@ -94,20 +113,26 @@ class Trainer:
 
         Raises:
             TrainingError: the loss became NaN or infinite.
+            CheckpointError: a checkpoint that could not be written.
         """
         writer = EventFile(self.folder / "tensorboard") if self.ranks.is_first else None
-        if not self._resume():
-            self._validate_and_save(validate, {}, writer)
+        with self._saver:
+            if not self._resume():
+                self._validate_and_save(validate, {}, writer)
+            self._train(validate, writer)
+        return self.position
+
+    def _train(self, validate: Validate, writer: EventFile | None) -> None:
         num_steps = self.optimizers.num_steps
         with StageProgress(self.console, self.name, num_steps, self.position.step) as progress:
             while self.position.epoch < self.config.epochs and not self._is_out_of_patience():
                 losses = self._train_epoch(progress, writer)
-                self.position.epoch += 1
                 if self.position.epoch % self.config.validate_every == 0 or self._is_last_epoch():
                     self._validate_and_save(validate, losses, writer)
                     progress.note(self._in_words("valid", self.position.curve[-1]))
+                elif self._is_due():
+                    self._save()
             progress.note(self._in_words("best valid", self.best))
-        return self.position
 
     @property
     def best(self) -> dict[str, Any]:
@@ -116,7 +141,7 @@ class Trainer:
 
     @property
     def best_checkpoint(self) -> Path:
-        return self._checkpoints / f"step-{self.best['step']:08d}"
+        return checkpoint.folder_of_step(self._checkpoints, self.best["step"])
 
     def _in_words(self, which: str, entry: dict[str, Any]) -> str:
         return f"{which} {self.monitor} {entry['metrics'][self.monitor]:.4f}"
@@ -136,23 +161,32 @@ class Trainer:
         since_best = len(curve) - 1 - curve.index(self.best)
         return self.config.patience is not None and since_best >= self.config.patience
 
+    def _is_due(self) -> bool:
+        every = self.config.checkpoint_every
+        return every is not None and self.position.step % every == 0
+
     # --- steps -----------------------------------------------------------------------------
 
     def _train_epoch(self, progress: StageProgress, writer: EventFile | None) -> dict[str, float]:
-        """One pass over the users; mean of each objective's loss over its steps."""
+        """The rest of a pass over the users; mean of each objective's loss over all its steps."""
         self.model.train()
-        total = torch.zeros(len(self.learner.names))
-        for taken in self._take(self.loader.steps(self.position.epoch)):
-            self.position.step += 1
+        position, steps_per_epoch = self.position, self.loader.steps_per_epoch
+        sums = torch.tensor(position.loss_sums or [0.0] * len(self.learner.names))
+        for taken in self._take(self.loader.steps(position.epoch, position.epoch_step)):
+            position.step += 1
+            position.epoch_step += 1
             means = taken.means.cpu()
-            total += means
+            sums += means
             loss = float(means.sum())
             if writer is not None:
                 for name, mean in zip(self.learner.names, means.tolist(), strict=True):
-                    writer.add_scalar(f"loss/{name}", mean, self.position.step)
+                    writer.add_scalar(f"loss/{name}", mean, position.step)
             progress.advance(loss, taken.num_rows * self.ranks.world_size)
-        mean = total / self.loader.steps_per_epoch
-        return dict(zip(self.learner.names, mean.tolist(), strict=True))
+            if self._is_due() and position.epoch_step < steps_per_epoch:
+                position.loss_sums = sums.tolist()
+                self._save()
+        position.epoch, position.epoch_step, position.loss_sums = position.epoch + 1, 0, []
+        return dict(zip(self.learner.names, (sums / steps_per_epoch).tolist(), strict=True))
 
     def _take(self, steps: Iterator[Rows]) -> Iterator[TakenStep]:
         return map(self.step, steps) if self.pipeline is None else self.pipeline.run(steps)
@@ -175,17 +209,18 @@ class Trainer:
     def _not_finite(self, out: StepLoss, batch: Batch) -> str:
         """Alike on every rank: what the first rank held whose own loss is not finite."""
         rank = self.ranks.rank
-        users = batch.users[batch.users >= 0]
         items = batch.ids.values()[: batch.num_distinct]
         held = (
-            f"rank {rank} held {len(users)} users {users[:10].tolist()} … "
-            f"with {len(items)} items {items[:10].tolist()} …"
+            f"rank {rank} held {int((batch.users >= 0).sum())} users with {len(items)} items, "
+            f"{items[:10].tolist()} …"
         )
         *_, held = min(gather_objects((bool(torch.isfinite(out.loss)), rank, held)))
         values = ", ".join(
             f"{name} {mean}"
             for name, mean in zip(self.learner.names, out.means.tolist(), strict=True)
         )
+        with contextlib.suppress(CheckpointError):  # the loss is the worse news
+            self._saver.wait()
         good = checkpoint.saved(self._checkpoints)
         return (
             f"{self.name}: loss is not finite at step {batch.step} ({values}); {held}; "
@@ -206,40 +241,68 @@ class Trainer:
         if writer is not None:
             for name, value in metrics.items():
                 writer.add_scalar(f"valid/{name}", value, position.step)
-        tensors = self._model_tensors() | self._optimizer_tensors()
-        state: dict[str, Any] = {"fingerprint": self.fingerprint, "position": asdict(position)}
-        checkpoint.save(self._checkpoints, position.step, tensors, state, self.ranks)
-        if self.ranks.is_first:
-            checkpoint.prune(self._checkpoints, self.config.keep_checkpoints, self.best_checkpoint)
+        self._save()
         with raised_together():
             if writer is not None:
                 writer.check()
 
+    def _save(self) -> None:
+        state = {
+            "fingerprint": self.fingerprint,
+            "vocabulary": self.numbering.vocabulary,
+            "position": asdict(self.position),
+        }
+        step, best_step = self.position.step, self.best["step"]
+        self._saver.save(step, self._tensors(), state, best_step=best_step)
+
     def _resume(self) -> bool:
-        """Take up the newest whole checkpoint of the same fingerprint, if there is one."""
+        """Take up the newest whole checkpoint of the same fingerprint, if there is one.
+
+        Damaged ones and those of another fingerprint are moved beside the folder, never deleted;
+        those of this fingerprint that were moved aside before are moved back.
+        """
+        found = self._newest_whole()
+        if found is not None and found.state["fingerprint"] != self.fingerprint:
+            old = self._move(self._checkpoints, self._aside(found.state["fingerprint"]))
+            self._say(
+                f"{self.name}: {self._checkpoints} was of another configuration or data; "
+                f"moved to {old}; it is resumed if that returns, and pretrain.continue_from can "
+                "start from it"
+            )
+            found = None
+        if found is None and self._aside(self.fingerprint).is_dir():
+            with raised_together():
+                if self.ranks.is_first:  # no checkpoint, at most what an interrupted save left
+                    shutil.rmtree(self._checkpoints, ignore_errors=True)
+            self._move(self._aside(self.fingerprint), self._checkpoints)
+            found = self._newest_whole()
+        if found is None:
+            return False
+        found.load(self._tensors(), self.numbering.items)
+        self.position = Position(**found.state["position"])
+        self._say(f"{self.name}: resumed at epoch {self.position.epoch} from {found.path}")
+        return True
+
+    def _newest_whole(self) -> Checkpoint | None:
         for path in reversed(checkpoint.saved(self._checkpoints)):
             try:
-                state = checkpoint.load_state(path)
-            except checkpoint.CheckpointError as error:
-                self._say(f"{self.name}: skipped, {error}")
-                continue
-            if state["fingerprint"] != self.fingerprint:
-                self._say(f"{self.name}: {path} is of another configuration or data; started anew")
-                break
-            checkpoint.load(path, self._model_tensors() | self._optimizer_tensors())
-            self.position = Position(**state["position"])
-            self._say(f"{self.name}: resumed at epoch {self.position.epoch} from {path}")
-            return True
-        dist.barrier()
-        if self.ranks.is_first:
-            shutil.rmtree(self._checkpoints, ignore_errors=True)
-        return False
+                return Checkpoint.open(path, self.ranks)
+            except CheckpointError as error:
+                aside = self._move(path, self.folder / "checkpoints.damaged" / path.name)
+                self._say(f"{self.name}: skipped, {error}; moved to {aside}")
+        return None
 
-    def _model_tensors(self) -> dict[str, Tensor]:
-        return {f"model.{name}": value for name, value in self.model.state_dict().items()}
+    def _aside(self, fingerprint: str) -> Path:
+        return self.folder / f"checkpoints.old-{fingerprint[:8]}"
 
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        return {f"optimizer.{name}": value for name, value in self.optimizers.state().items()}
+    def _move(self, source: Path, target: Path) -> Path:
+        with raised_together():
+            if self.ranks.is_first:
+                target = checkpoint.move(source, target)
+        return target
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return model_tensors(self.model) | optimizer_tensors(self.optimizers)
 
     def _say(self, text: str) -> None:
         if self.console is not None:

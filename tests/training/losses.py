@@ -16,6 +16,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from torchrec_pt import checkpoint
 from torchrec_pt.build import build_learner, build_objectives, build_task
+from torchrec_pt.checkpoint import Checkpoint
 from torchrec_pt.config import RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
@@ -23,8 +24,10 @@ from torchrec_pt.distributed import Ranks, gather_objects, joined_ranks
 from torchrec_pt.evaluate import gather_by_user, held_out, predict_pairs, rank_targets
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.plan import table_plans
+from torchrec_pt.saver import Saver
 from torchrec_pt.scoring import ModelScorer
 from torchrec_pt.tasks.pairs import PairTask, held_out_pairs
+from torchrec_pt.transfer import model_tensors, optimizer_tensors
 from torchrec_pt.validation import gather_judged
 
 EPOCHS = 2
@@ -57,16 +60,18 @@ def train(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> dict[
     )
     optimizers = Optimizers(built.model, settings, built.placement, 100)
     before = whole_tables(built.model.state_dict())
-    tensors = {**built.model.state_dict(), **optimizers.state()}
+    tensors = model_tensors(built.model) | optimizer_tensors(optimizers)
+    items = dataset.items["external_id"]
     losses = []
     first, step = 0, 0
     if "load" in case:
         (path,) = checkpoint.saved(Path(case["load"]))
-        checkpoint.load(path, tensors)
+        Checkpoint.open(path, ranks).load(tensors, items)
         first, step = 1, loader.steps_per_epoch
     for epoch in range(first, EPOCHS):
         if epoch == 1 and "save" in case:
-            checkpoint.save(Path(case["save"]), step, tensors, {}, ranks)
+            with Saver(Path(case["save"]), items, ranks, keep_last=1, in_background=False) as saver:
+                saver.save(step, tensors, {}, best_step=step)
         for rows in loader.steps(epoch):
             optimizers.prepare(step)
             out = built.model(built.learner.draw(rows))
