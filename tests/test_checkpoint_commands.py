@@ -6,19 +6,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torchrec.distributed.planner.types import ParameterConstraints
 
 from tests.conftest import tiny_config
-from torchrec_pt import cli, conversion, pipeline
+from torchrec_pt import cli, conversion, pipeline, sharding
 from torchrec_pt.checkpoint import Checkpoint, saved
 from torchrec_pt.config import RunConfig
 from torchrec_pt.distributed import joined_ranks
 
 TABLE = "backbone.items.collection.embeddings.item.weight"
-# The objective's temperature is a scalar; of so many columns one rank holds two shards.
+# The objective's temperature is a scalar; and the one rank holds two shards of the table.
 OBJECTIVES = [{"name": "contrastive", "pairs": "user_item", "learn_temperature": True}]
 ITEM_TABLE = {"placement": "column_wise", "optimizer": "adagrad"}
 
@@ -31,8 +33,14 @@ def run(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConf
     config = tiny_config(cycle_folder, model=model, pretrain=pretrain)
     config = config.model_copy(update={"run_dir": folder})
     pipeline.prepare(config)
-    pipeline.pretrain(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "ParameterConstraints", _in_halves)
+        pipeline.pretrain(config)
     return config
+
+
+def _in_halves(**given: Any) -> ParameterConstraints:
+    return ParameterConstraints(**{**given, "min_partition": 128})
 
 
 @pytest.fixture(scope="module")

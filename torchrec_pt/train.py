@@ -211,7 +211,7 @@ class Trainer:
         rank = self.ranks.rank
         items = batch.ids.values()[: batch.num_distinct]
         held = (
-            f"rank {rank} held {int((batch.users >= 0).sum())} users with {len(items)} items, "
+            f"rank {rank} held {int((batch.users >= 0).sum())} users with {len(items)} items "
             f"{items[:10].tolist()} …"
         )
         *_, held = min(gather_objects((bool(torch.isfinite(out.loss)), rank, held)))
