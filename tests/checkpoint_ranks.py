@@ -120,8 +120,8 @@ def load(
 
 
 def main(what: str, prepared: str, grown: str, folder: str, cases: str) -> None:
-    datasets = PreparedDataset.load(prepared), PreparedDataset.load(grown)
     with joined_ranks() as ranks:
+        datasets = [PreparedDataset.load(path, ranks) for path in (prepared, grown)]
         {"save": save, "load": load}[what](
             Path(folder), json.loads(Path(cases).read_text()), *datasets, ranks
         )

@@ -51,7 +51,7 @@ def recorded() -> Iterator[list[dict[str, Any]]]:
     def records(self: Trainer, batch: Batch) -> tuple[Tensor, TakenStep]:
         num_done, looks_up = self.position.step, self.learner.backbone.items.collection.forward
         loss, taken = forward(self, batch)
-        optimizers = (self.optimizers.dense, self.optimizers.fused)
+        optimizers = (*self.optimizers.dense, self.optimizers.fused)
         steps.append(
             {
                 "step": batch.step,
@@ -143,9 +143,9 @@ def run_poisoned(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -
 
 
 def main(prepared: Path, cases: Path, out: Path) -> None:
-    dataset = PreparedDataset.load(prepared)
     results: dict[str, Any] = {}
     with joined_ranks() as ranks:
+        dataset = PreparedDataset.load(prepared, ranks)
         for name, case in json.loads(cases.read_text()).items():
             runs = run_poisoned if name == "poisoned" else run
             for way in WAYS:
