@@ -129,6 +129,7 @@ def load_served(run_dir: Path, ranks: Ranks) -> tuple[PreparedDataset, Backbone]
         ValueError: no finished run there.
     """
     config = load_run_config(run_dir)
-    dataset = PreparedDataset.load(config.prepared_dir, ranks)
+    with raised_together():
+        dataset = PreparedDataset.load(config.prepared_dir, ranks)
     learner = load_learner(config, served_stage(config, dataset).checkpoint, dataset, ranks)
     return dataset, learner.backbone
