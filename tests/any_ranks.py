@@ -13,12 +13,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
 from torchrec_pt import pipeline
 from torchrec_pt.config import RunConfig
+from torchrec_pt.data.errors import DataError
 
 
 def _work(rank: int, num_ranks: int, store: str, config: RunConfig, user: str, out: Path) -> None:
@@ -31,6 +33,8 @@ def _work(rank: int, num_ranks: int, store: str, config: RunConfig, user: str, o
         pipeline.evaluate(config)
         pipeline.export_run(config)
     offered = [pipeline.recommend(config, asked, 10) for asked in (None, user)]
+    with pytest.raises(DataError, match="nobody"):
+        pipeline.recommend(config, "nobody", 1)
     if rank == 0:
         for folder in ("evaluate", "export"):
             shutil.copytree(config.run_dir / folder, out / folder)
