@@ -46,9 +46,8 @@ class ItemKnn:
 
     def scores(self, queries: Jagged, items: range) -> Tensor:
         similar = self._similar[:, items.start : items.stop]
-        return torch.from_numpy(
-            (_binary_matrix(queries, self._num_items) @ similar).toarray()
-        ).float()
+        asked = _binary_matrix(queries.to(torch.device("cpu")), self._num_items)
+        return torch.from_numpy((asked @ similar).toarray()).float()
 
 
 def _binary_matrix(jagged: Jagged, num_items: int) -> scipy.sparse.csr_matrix:

@@ -137,11 +137,13 @@ def is_first_to_fail() -> bool:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """All-reduced copy of x; no gradient."""
-    x = x.detach().clone()
+    """All-reduced copy of x, on its device; no gradient."""
+    total = x.detach().clone()
     if dist.get_world_size() > 1:
-        dist.all_reduce(x)
-    return x
+        if dist.get_backend() == dist.Backend.NCCL:  # which knows no tensor of the CPU
+            total = total.cuda()
+        dist.all_reduce(total)
+    return total.to(x.device)
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

@@ -1,9 +1,10 @@
 """What held-out interactions say: ranks over the full catalogue, predictions of pairs.
 
 Users come in blocks. A rank encodes its own users; their vectors, seen items and targets travel,
-and each rank scores them against its own range of the catalogue, block by block: of users × items
-no more is held than one block of each. What a rank finds about its users stays there until
-`gather_by_user`. Everything has the same bits for any number of ranks (`scoring`).
+and each rank scores them against its own range of the catalogue, block by block. Of users × items
+no more is held than one block of users against MOST_KEPT_BLOCKS blocks of items. What a rank
+finds about its users stays there until `gather_by_user`. Everything has the same bits for any
+number of ranks (`scoring`).
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def rank_targets(
     counted = [asked.targets.values[:0]]
     for rows in row_blocks(parts, batch_size, ranks):
         blocks = zip(
-            gather_blocks(scorer.queries(asked.users[rows])),
+            gather_blocks(scorer.queries(asked.users[rows]).to(ranks.device)),
             gather_blocks(asked.seen.select(rows).to(ranks.device)),
             gather_blocks(asked.targets.select(rows).to(ranks.device)),
             strict=True,
@@ -110,7 +111,7 @@ def _rank_block(
     for block in item_blocks(items):
         here = _within(item, block)
         if len(here):
-            scores = scorer.scores(queries, block)
+            scores = scorer.scores(queries, block).to(row.device)
             own[here] = scores[row[here], item[here] - block.start]
             if len(kept) < MOST_KEPT_BLOCKS:
                 kept[block.start] = scores
@@ -119,7 +120,10 @@ def _rank_block(
     hidden = ByItem(seen)
     counts = row.new_zeros(len(row) + 1)  # items ahead of each target; scores that are not finite
     for block in item_blocks(items):
-        scores = kept.pop(block.start) if block.start in kept else scorer.scores(queries, block)
+        if block.start in kept:
+            scores = kept.pop(block.start)
+        else:
+            scores = scorer.scores(queries, block).to(row.device)
         counts[-1] += (~torch.isfinite(scores)).sum()
         hidden.overwrite(scores, block, -torch.inf)
         here = _within(item, block)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.distributed import Ranks, gather_rows, joined_ranks, raised_together
+from torchrec_pt.distributed import Ranks, gather_each, gather_rows, joined_ranks, raised_together
 from torchrec_pt.files import whole_file
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.recommender import load_served
-from torchrec_pt.scoring import encode_histories, encode_item_range
+from torchrec_pt.scoring import encode_histories, encode_item_range, own_items
 
 BLOCK_ROWS = 8192
 
@@ -67,14 +67,14 @@ def _item_vectors(backbone: Backbone, ranks: Ranks) -> Iterator[Tensor]:
     """Blocks of item vectors in the order of dense ids, on every rank."""
     for begin in range(0, backbone.items.num_items, BLOCK_ROWS):
         end = min(begin + BLOCK_ROWS, backbone.items.num_items)
-        first, last = ranks.part_of(end - begin)
-        yield gather_rows(encode_item_range(backbone, begin + first, begin + last))
+        mine = own_items(end - begin, ranks)
+        yield gather_rows(encode_item_range(backbone, begin + mine.start, begin + mine.stop))
 
 
 def _user_vectors(backbone: Backbone, dataset: PreparedDataset, ranks: Ranks) -> Iterator[Tensor]:
     """Blocks of user vectors in the order of dense ids, each from the user's whole history.
 
-    A block is one part of the dataset from each rank, which lie one after the other.
+    A block is one part of the dataset; the ranks make theirs of consecutive parts together.
     """
     history = dataset.history("test")
     users = torch.arange(dataset.num_users)
@@ -87,7 +87,7 @@ def _user_vectors(backbone: Backbone, dataset: PreparedDataset, ranks: Ranks) ->
             some = mine[begin : begin + BLOCK_ROWS]
             rows = history.select(some).to(ranks.device)
             vectors.append(encode_histories(backbone, some.to(ranks.device), rows))
-        yield gather_rows(torch.cat(vectors))
+        yield from gather_each(torch.cat(vectors))[: len(together)]
 
 
 def _write_parquet(path: Path, ids: pl.Series, blocks: Iterable[Tensor], dim: int) -> None:

@@ -39,7 +39,8 @@ def prepare(config: RunConfig, console: Console | None = None) -> PreparedDatase
         with raised_together():
             if stage.ranks.is_first:
                 prepare_dataset(config.data, config.prepared_dir, config.seed)
-        dataset = PreparedDataset.load(config.prepared_dir, stage.ranks)
+        with raised_together():
+            dataset = PreparedDataset.load(config.prepared_dir, stage.ranks)
         if config.pretrain is not None:
             require_rows(dataset.manifest, "validation")
         stage.say(
@@ -58,7 +59,8 @@ def _load_prepared(stage: Stage) -> PreparedDataset:
         DataError: nothing, or the data of another configuration.
     """
     config = stage.config
-    dataset = PreparedDataset.load(config.prepared_dir, stage.ranks)
+    with raised_together():
+        dataset = PreparedDataset.load(config.prepared_dir, stage.ranks)
     if not is_prepared_from(dataset.manifest, config.data, config.seed):
         raise DataError(
             f"{config.prepared_dir}: was prepared from another [data] section or seed; "

@@ -119,7 +119,8 @@ def find_user(dataset: PreparedDataset, external_id: str | int) -> int | None:
     if any(gather_objects(dataset.has_user(external_id))):
         return dataset.user_index(external_id) if dataset.has_user(external_id) else None
     with raised_together():
-        return dataset.user_index(external_id)
+        # A rank without users has no hint to give; the first rank has some.
+        return dataset.user_index(external_id) if dataset.num_users else None
 
 
 def load_served(run_dir: Path, ranks: Ranks) -> tuple[PreparedDataset, Backbone]:
@@ -129,6 +130,7 @@ def load_served(run_dir: Path, ranks: Ranks) -> tuple[PreparedDataset, Backbone]
         ValueError: no finished run there.
     """
     config = load_run_config(run_dir)
-    dataset = PreparedDataset.load(config.prepared_dir, ranks)
+    with raised_together():
+        dataset = PreparedDataset.load(config.prepared_dir, ranks)
     learner = load_learner(config, served_stage(config, dataset).checkpoint, dataset, ranks)
     return dataset, learner.backbone

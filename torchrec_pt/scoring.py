@@ -117,20 +117,17 @@ def encode_own_items(backbone: Backbone, ranks: Ranks) -> Tensor:
     vectors = []
     for begin in range(0, most_items(backbone.items.num_items, ranks), per_lookup):
         some = items[begin : begin + per_lookup]
-        rows = backbone.items.rows(some.start, some.stop).detach()
-        ids = torch.arange(some.start, some.stop, device=rows.device)
-        vectors += [
-            backbone.encode_items(*block)
-            for block in zip(ids.split(ITEM_BLOCK), rows.split(ITEM_BLOCK), strict=True)
-        ]
+        vectors.append(encode_item_range(backbone, some.start, some.stop))
     return torch.cat(vectors)
 
 
 @torch.no_grad()
 def encode_item_range(backbone: Backbone, begin: int, end: int) -> Tensor:
-    """(end − begin, D) vectors of consecutive items; each rank asks for its own."""
+    """(end − begin, D) vectors of consecutive items, in blocks; each rank asks for its own."""
     rows = backbone.items.rows(begin, end).detach()  # no_grad returns a whole weight as it is
-    return backbone.encode_items(torch.arange(begin, end, device=rows.device), rows)
+    ids = torch.arange(begin, end, device=rows.device)
+    blocks = zip(ids.split(ITEM_BLOCK), rows.split(ITEM_BLOCK), strict=True)
+    return torch.cat([backbone.encode_items(*block) for block in blocks])
 
 
 @torch.no_grad()

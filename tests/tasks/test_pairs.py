@@ -27,7 +27,7 @@ from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.rng import RowNoise
 from torchrec_pt.tasks import pairs
 from torchrec_pt.tasks.ctr import click_labels
-from torchrec_pt.tasks.pairs import PairTask, held_out_pairs, item_biases
+from torchrec_pt.tasks.pairs import PairTask, _cumsum_in_rows, held_out_pairs, item_biases
 
 DIM = 16
 MODELS: dict[str, dict[str, Any]] = {
@@ -389,3 +389,16 @@ def test_blocks_of_any_size_predict_the_same(scattered: PreparedDataset, ranks: 
     )
     torch.testing.assert_close(cut, whole)
     assert len(whole) == int((scattered.split == 2).sum())
+
+
+def test_running_sums_of_a_row_have_the_same_bits_whatever_rows_stand_before() -> None:
+    torch.manual_seed(0)
+    lengths = torch.randint(0, 40, (500,))
+    values = torch.randn(int(lengths.sum()), dtype=torch.float64)
+    rows = Jagged.from_lengths(values, lengths)
+    sums = rows.with_values(_cumsum_in_rows(rows, values))
+    expected = [row.cumsum(0) for row in values.split(lengths.tolist())]
+    torch.testing.assert_close(sums.values, torch.cat(expected))
+    late = torch.arange(250, 500)
+    alone = rows.select(late)
+    assert torch.equal(_cumsum_in_rows(alone, alone.values), sums.select(late).values)

@@ -71,15 +71,16 @@ class PreparedDataset:
             rows = read_row_groups(path / "interactions.parquet", own.tolist())
             counts = pl.read_parquet(path / "items.parquet", columns=["count"], glob=False)
         sizes = torch.tensor([part.num_users for part in manifest.parts])
-        by_part = Jagged.from_lengths(torch.arange(manifest.num_users), sizes)
-        user_ids = by_part.select(own).values
+        own_sizes = sizes[own]
+        skipped = (sizes.cumsum(0) - sizes)[own] - (own_sizes.cumsum(0) - own_sizes)
+        user_ids = torch.arange(int(own_sizes.sum())) + skipped.repeat_interleave(own_sizes)
         user = torch.searchsorted(user_ids, _tensor(rows["user"], pl.Int64))
         lengths = torch.bincount(user, minlength=len(user_ids))
         return cls(
             path=path,
             manifest=manifest,
             user_ids=user_ids,
-            part_of_user=own.repeat_interleave(sizes[own]),
+            part_of_user=own.repeat_interleave(own_sizes),
             interactions=Jagged.from_lengths(_tensor(rows["item"], pl.Int64), lengths),
             split=_tensor(rows["split"], pl.Int8),
             rating=_optional_tensor(rows, "rating", pl.Float32),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrec_pt.config import ModelConfig, PairConfig
@@ -191,9 +192,9 @@ class PairTask(nn.Module, ABC):
         biases = self.item_bias.weight.detach().squeeze(1).cpu().double()
         known = asked.known.values
         residuals = self.labels[known] - self.mean - biases[self._items[known]]
-        sums = torch.cat([residuals.new_zeros(1), residuals.cumsum(0)])
-        start = asked.known.offsets[asked.users]
-        user = (sums[start + asked.num_known] - sums[start]) / (
+        sums = torch.cat([residuals.new_zeros(1), _cumsum_in_rows(asked.known, residuals)])
+        end = asked.known.offsets[asked.users] + asked.num_known
+        user = torch.where(asked.num_known > 0, sums[end], 0.0) / (
             asked.num_known + self.shrinkage
         ).clamp(min=1)
         deviation = user[asked.targets.rows] + biases[self._items[asked.targets.values]]
@@ -225,6 +226,21 @@ def held_out_pairs(dataset: PreparedDataset, split: Literal["valid", "test"]) ->
     first = targets.offsets[:-1]
     users = user[first]
     return Asked(users, known, before[first] - known.offsets[users], targets)
+
+
+def _cumsum_in_rows(jagged: Jagged, values: Tensor) -> Tensor:
+    """(T,) running sums of values (T,) in each row, with the same bits whatever rows stand before.
+
+    Doubled in span until the longest row is covered (Hillis & Steele 1986).
+    """
+    positions = jagged.positions
+    longest = int(positions.max()) + 1 if len(positions) else 0
+    span = 1
+    while span < longest:
+        before = F.pad(values[:-span], (span, 0))
+        values = values + torch.where(positions >= span, before, 0.0)
+        span *= 2
+    return values
 
 
 def mean_over_ranks(labels: Tensor) -> float:
