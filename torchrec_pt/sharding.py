@@ -136,10 +136,14 @@ def _planned(
 
 
 def _topology(ranks: Ranks) -> Topology:
+    hbm_bytes = None
+    if ranks.device.type == "cuda":  # the planner would take every GPU for one of 32 GB
+        hbm_bytes = torch.cuda.get_device_properties(ranks.device).total_memory
     return TopologyFactory.create_topology(
         TrainerConfig(
             world_size=ranks.world_size,
             local_world_size=ranks.local_world_size,
+            hbm_cap_bytes=hbm_bytes,
         ),
         kernel_config=KernelConfig(compute_device=ranks.device.type),
     )
