@@ -5,8 +5,9 @@
 - What is trained stands in scale_training.py: the library's sharded learner on uniform items, under
   two loads. "lookups" reads and updates 43,000 rows for 2,560 predictions, "arithmetic" 14,000 for
   12,800. CPU alone.
-- sizes: each table in a process of its own. Steps take turns with a bare gather and scatter of the
-  same rows of a plain tensor of that size; CPU time per thread.
+- sizes: "lookups", where the table weighs most, each table in a process of its own. Steps take turns
+  with a bare gather and scatter of the same rows of a plain tensor of that size; CPU time per
+  thread.
 - ranks: one process on one core and two on two train the same global batches in turns; wall time,
   beside it the share of the cores that other processes took (scale_ranks.py says how). Run it on
   an idle machine.
@@ -17,6 +18,7 @@ benchmark only where --out says.
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import asdict, dataclass
 
@@ -42,7 +44,7 @@ class Plan:
 
 
 def main() -> None:
-    parser = build_parser(__doc__, SECTIONS, rounds_help="steps; pairs of turns of ranks")
+    parser = build_parser(__doc__, SECTIONS, rounds_help="steps; half as many turns of ranks")
     parser.set_defaults(rounds=15, device="cpu")
     arguments = parser.parse_args()
     if arguments.device != "cpu":
@@ -52,7 +54,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     plan = Plan(
         sizes=(10_000, 100_000, 1_000_000, 10_000_000, 30_000_000),
-        ranks=(100_000, 1_000_000, 10_000_000),
+        ranks=(100_000, 1_000_000, 3_000_000),
         rounds=arguments.rounds,
         steps=4,
         is_quick=False,
@@ -63,17 +65,16 @@ def main() -> None:
     header = conditions(arguments.device)
     sizes: list[SizeRow] = []
     ranks: list[RanksRow] = []
-    for load in LOADS:
-        if arguments.only in (None, "ranks"):
-            for num_items in plan.ranks:
-                start = time.monotonic()
-                ranks.append(_ranks(load, num_items, plan))
-                _say(console, f"ranks, {load}, {num_items} items", start)
-        if arguments.only in (None, "sizes"):
-            for num_items in plan.sizes:
-                start = time.monotonic()
-                sizes.append(measure_size(load, num_items, plan.rounds, plan.is_quick))
-                _say(console, f"sizes, {load}, {num_items} items", start)
+    if arguments.only in (None, "sizes"):
+        for num_items in plan.sizes:
+            start = time.monotonic()
+            sizes.append(measure_size("lookups", num_items, plan.rounds, plan.is_quick))
+            _say(console, f"sizes, {num_items} items", start)
+    if arguments.only in (None, "ranks"):
+        for load, num_items in itertools.product(LOADS, plan.ranks):
+            start = time.monotonic()
+            ranks.append(_ranks(load, num_items, plan))
+            _say(console, f"ranks, {load}, {num_items} items", start)
 
     bars = compute_bars(sizes, ranks)
     print_tables(console, sizes, ranks, bars)

@@ -1,7 +1,7 @@
 """What bench_scale.py trains: next-item prediction over a row-wise sharded item table.
 
 A causal transformer of one block, sampled softmax over uniform negatives (other distributions have
-tables of their own, 12 bytes an item and more), row-wise Adagrad fused for the table, AdamW for the
+tables of their own, 24 bytes an item), row-wise Adagrad fused for the table, AdamW for the
 rest. Items are uniform too: popular ones would stay in the caches.
 """
 
