@@ -5,14 +5,14 @@
 - What is trained stands in scale_training.py: the library's sharded learner on uniform items, under
   two loads. "lookups" reads and updates 43,000 rows for 2,560 predictions, "arithmetic" 14,000 for
   12,800. CPU alone.
-- sizes: "lookups", where the table weighs most, each table in a process of its own. Steps take turns
-  with a bare gather and scatter of the same rows of a plain tensor of that size; CPU time per
-  thread.
+- sizes: "lookups", where the table weighs most; each table in a process of its own, in turns.
+  Beside each step a bare gather and scatter of the same rows of a plain tensor of that size; CPU
+  time per thread.
 - ranks: one process on one core and two on two train the same global batches in turns; wall time,
   beside it the share of the cores that other processes took (scale_ranks.py says how). Run it on
   an idle machine.
 
-The largest table needs 8.5 GB. Writes benchmarks/results/scale.json and .png; a part of the
+The tables need 13 GB. Writes benchmarks/results/scale.json and .png; a part of the
 benchmark only where --out says.
 """
 
@@ -28,7 +28,7 @@ from rich.console import Console
 from scale_bars import compute_bars
 from scale_ranks import RanksRow, measure_ranks
 from scale_report import print_tables, save_plot
-from scale_sizes import SizeRow, measure_size
+from scale_sizes import SizeRow, measure_sizes
 from scale_training import DIM, LOADS
 
 SECTIONS = ("sizes", "ranks")
@@ -44,7 +44,7 @@ class Plan:
 
 
 def main() -> None:
-    parser = build_parser(__doc__, SECTIONS, rounds_help="steps; half as many turns of ranks")
+    parser = build_parser(__doc__, SECTIONS, rounds_help="steps; a third as many turns of ranks")
     parser.set_defaults(rounds=15, device="cpu")
     arguments = parser.parse_args()
     if arguments.device != "cpu":
@@ -66,10 +66,9 @@ def main() -> None:
     sizes: list[SizeRow] = []
     ranks: list[RanksRow] = []
     if arguments.only in (None, "sizes"):
-        for num_items in plan.sizes:
-            start = time.monotonic()
-            sizes.append(measure_size("lookups", num_items, plan.rounds, plan.is_quick))
-            _say(console, f"sizes, {num_items} items", start)
+        start = time.monotonic()
+        sizes = measure_sizes("lookups", plan.sizes, plan.rounds, plan.is_quick)
+        _say(console, "sizes", start)
     if arguments.only in (None, "ranks"):
         for load, num_items in itertools.product(LOADS, plan.ranks):
             start = time.monotonic()

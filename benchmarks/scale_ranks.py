@@ -1,7 +1,7 @@
 """One process on one core and two on two train the same global batches in turns.
 
-Run as a program this file is one rank: it answers each line of its input ("20": so many steps) by
-a line of JSON. Every rank is held to a core of its own. Both groups live at once, and one sleeps
+Run as a program this file is one rank, asked for so many steps at a time. Every rank is held to a
+core of its own. Both groups live at once, and one sleeps
 while the other has its turn.
 
 - Wall time is that of the slower rank, from a barrier to the end of the turn.
@@ -17,10 +17,8 @@ while the other has its turn.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +31,7 @@ import torch
 import torch.distributed as dist
 from measuring import quantiles
 from scale_training import LOADS, Training, small
+from scale_turns import Contestant, take_turns_asked
 from torch.profiler import ProfilerActivity, profile
 
 from torchrec_pt.distributed import joined_ranks
@@ -117,7 +116,7 @@ def measure_ranks(
 class _Group:
     """The ranks of one world, each a process that waits for its turn."""
 
-    def __init__(self, ranks: list[subprocess.Popen[str]]) -> None:
+    def __init__(self, ranks: list[Contestant]) -> None:
         self.ranks = ranks
 
     def turn(self, steps: int) -> Turn:
@@ -135,52 +134,33 @@ class _Group:
     def communication(self) -> dict[str, Any]:
         return self._ask("profile")[0]
 
-    def _ask(self, line: str) -> list[dict[str, Any]]:
+    def _ask(self, word: str) -> list[dict[str, Any]]:
         for rank in self.ranks:
-            assert rank.stdin is not None
-            rank.stdin.write(line + "\n")
-            rank.stdin.flush()
-        return [_answer(rank) for rank in self.ranks]
+            rank.send(word)
+        return [rank.answer() for rank in self.ranks]
 
 
 @contextlib.contextmanager
 def _group(num_ranks: int, load: str, num_items: int, is_quick: bool) -> Iterator[_Group]:
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
+    world = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_PORT": _free_port(),
+        "WORLD_SIZE": num_ranks,
+        "LOCAL_WORLD_SIZE": num_ranks,
     }
     ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, load, str(num_items), str(int(is_quick))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
+        Contestant(__file__, load, num_items, int(is_quick), **world, RANK=rank, LOCAL_RANK=rank)
         for rank in range(num_ranks)
     ]
     try:
         for rank in ranks:
-            _answer(rank)  # ready
+            rank.answer()  # ready
         yield _Group(ranks)
     finally:
         for rank in ranks:
-            assert rank.stdin is not None
-            rank.stdin.close()  # the end of its input ends it
+            rank.close()
         for rank in ranks:
             rank.wait()
-
-
-def _answer(rank: subprocess.Popen[str]) -> dict[str, Any]:
-    assert rank.stdout is not None
-    for line in rank.stdout:
-        if line.startswith("{"):  # libraries may print, too
-            return json.loads(line)
-    raise RuntimeError(f"a rank ended with exit status {rank.wait()}")
 
 
 def _free_port() -> int:
@@ -207,11 +187,9 @@ def main() -> None:
     with joined_ranks() as ranks:
         worker = Worker(num_items, small(LOADS[name]) if is_quick else LOADS[name], ranks)
         worker.run(WARM_UP_STEPS)
-        print("{}", flush=True)
-        for line in sys.stdin:
-            word = line.strip()
-            found = worker.profile() if word == "profile" else worker.run(int(word))
-            print(json.dumps(found), flush=True)
+        take_turns_asked(
+            {}, lambda word: worker.profile() if word == "profile" else worker.run(int(word))
+        )
 
 
 class Worker(Training):

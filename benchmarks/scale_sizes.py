@@ -1,23 +1,24 @@
-"""Memory and time of steps on one table, in a process of its own: a program for bench_scale.py.
+"""Memory and time of steps on tables of several sizes, each in a process of its own.
 
-Peak memory is the largest resident size (VmHWM) from the start of the process to the end of the
-first steps, so everything counts: Python, the libraries, what building the table took. Only then
-the bare table is made, and steps and bare gathers and scatters take turns.
+Run as a program this file is one of them. Peak memory is the largest resident size (VmHWM) from the
+start of the process to the end of the first steps, so everything counts: Python, the libraries,
+what building the table took. Only then the bare table is made. All processes live at once, and each
+round has one step and one bare gather and scatter of every size: what else the machine does meets
+all sizes alike.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from measuring import quantiles, take_turns
 from peak_memory import MIB, status_bytes
 from scale_training import LOADS, BareTable, Load, Training, small
+from scale_turns import Contestant, take_turns_asked
 
 from torchrec_pt.distributed import joined_ranks
 
@@ -57,78 +58,92 @@ class SizeRow:
         return self.peak_mib - self.table_mib - self.state_mib
 
 
-def measure_size(load: str, num_items: int, rounds: int, is_quick: bool) -> SizeRow:
-    """Run this file as a program; RuntimeError with its last words if it fails."""
+def measure_sizes(load: str, sizes: Sequence[int], rounds: int, is_quick: bool) -> list[SizeRow]:
+    """Rows of these numbers of items; all their tables are held at once, twice."""
     threads = torch.get_num_threads()
-    command = [sys.executable, __file__, load, num_items, rounds, int(is_quick), threads]
-    done = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)},
-    )
-    if done.returncode != 0:
-        words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise RuntimeError(words[-1])
-    return SizeRow(**json.loads(done.stdout.splitlines()[-1]))
+    contestants: list[Contestant] = []
+    try:
+        ready = []
+        for num_items in sizes:
+            arguments = (load, num_items, int(is_quick), threads)
+            contestants.append(Contestant(__file__, *arguments, OMP_NUM_THREADS=threads))
+            ready.append(contestants[-1].answer())
+        turns = [[of_one.ask("turn") for of_one in contestants] for _ in range(rounds + 1)][1:]
+    finally:
+        for contestant in contestants:
+            contestant.close()
+        for contestant in contestants:
+            contestant.wait()
+    return [_row(fields, [turn[index] for turn in turns]) for index, fields in enumerate(ready)]
 
 
-def _measure(name: str, load: Load, num_items: int, rounds: int) -> SizeRow:
-    with joined_ranks() as ranks:
-        training = Training(num_items, load, ranks)
-        for step in range(WARM_UP_STEPS):
-            training.step(training.rows(step))
-        peak_bytes = status_bytes("VmHWM")
-        times, num_rows = _take_turns(training, rounds)
-    step_ms, bare_ms = times["step"], times["bare"]
-    fields: dict[str, Any] = {
+def _row(ready: dict[str, Any], turns: list[dict[str, float]]) -> SizeRow:
+    times = {
         f"{what}_p{q}_ms": value
-        for what, values in (("step", step_ms), ("bare", bare_ms))
-        for q, value in zip((20, 50, 80), quantiles(values), strict=True)
+        for what in ("step", "bare")
+        for q, value in zip(
+            (20, 50, 80), quantiles([turn[f"{what}_ms"] for turn in turns]), strict=True
+        )
     }
-    return SizeRow(
-        load=name,
-        num_items=num_items,
-        batch_size=load.batch_size,
-        num_lookups=load.num_lookups,
-        num_rows=num_rows,
-        rounds=rounds,
-        samples_per_s=round(load.batch_size / quantiles(step_ms)[1] * 1000),
-        table_mib=training.table_bytes / MIB,
-        state_mib=training.state_bytes / MIB,
-        peak_mib=peak_bytes / MIB,
-        shard_s=round(training.shard_s, 2),
-        fill_s=round(training.fill_s, 2),
-        **fields,
-    )
+    per_s = round(ready["batch_size"] / times["step_p50_ms"] * 1000)
+    num_rows = round(quantiles([turn["num_rows"] for turn in turns])[1])
+    return SizeRow(**ready, **times, samples_per_s=per_s, num_rows=num_rows, rounds=len(turns))
 
 
-def _take_turns(training: Training, rounds: int) -> tuple[dict[str, list[float]], int]:
-    """CPU milliseconds of "step" and "bare", and how many rows a step reads and updates."""
-    bare = BareTable(training.num_items)
-    batches = [training.rows(WARM_UP_STEPS + index) for index in range(rounds + 1)]
-    ids = [training.draw(rows).ids.values() for rows in batches]
-    bare.gather_and_scatter(ids.pop())
-    num_rows = int(torch.tensor([len(of_step) for of_step in ids]).median())
-    training.step(batches.pop())
-    steps, bares = iter(batches), iter(ids)
-    times = take_turns(
-        {
-            "step": lambda: training.step(next(steps)),
-            "bare": lambda: bare.gather_and_scatter(next(bares)),
-        },
-        {"step": rounds, "bare": rounds},
-        "cpu",
-    )
-    return times, num_rows
+# --- one size -----------------------------------------------------------------------------------
 
 
 def main() -> None:
     name, *numbers = sys.argv[1:]
-    num_items, rounds, is_quick, threads = map(int, numbers)
+    num_items, is_quick, threads = map(int, numbers)
     torch.set_num_threads(threads)
-    load = small(LOADS[name]) if is_quick else LOADS[name]
-    print(json.dumps(asdict(_measure(name, load, num_items, rounds))))
+    with joined_ranks() as ranks:
+        load = small(LOADS[name]) if is_quick else LOADS[name]
+        training = Training(num_items, load, ranks)
+        for step in range(WARM_UP_STEPS):
+            training.step(training.rows(step))
+        ready = {"load": name} | _set_up(training, load, status_bytes("VmHWM"))
+        take_turns_asked(ready, Turns(training))
+
+
+def _set_up(training: Training, load: Load, peak_bytes: int) -> dict[str, Any]:
+    return {
+        "num_items": training.num_items,
+        "batch_size": load.batch_size,
+        "num_lookups": load.num_lookups,
+        "table_mib": training.table_bytes / MIB,
+        "state_mib": training.state_bytes / MIB,
+        "peak_mib": peak_bytes / MIB,
+        "shard_s": round(training.shard_s, 2),
+        "fill_s": round(training.fill_s, 2),
+    }
+
+
+class Turns:
+    """CPU milliseconds of a step and of a bare gather and scatter of the same rows."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.bare = BareTable(training.num_items)
+        self.num_done = WARM_UP_STEPS
+
+    def __call__(self, word: str) -> dict[str, float]:
+        rows = self.training.rows(self.num_done)
+        ids = self.training.draw(rows).ids.values()
+        self.num_done += 1
+        times = take_turns(
+            {
+                "step": lambda: self.training.step(rows),
+                "bare": lambda: self.bare.gather_and_scatter(ids),
+            },
+            {"step": 1, "bare": 1},
+            "cpu",
+        )
+        return {
+            "step_ms": times["step"][0],
+            "bare_ms": times["bare"][0],
+            "num_rows": len(ids),
+        }
 
 
 if __name__ == "__main__":
