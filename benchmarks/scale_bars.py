@@ -13,14 +13,14 @@ BAR_LOAD = "arithmetic"  # of the bar on two processes
 def compute_bars(sizes: list[SizeRow], ranks: list[RanksRow]) -> list[Bar]:
     return [
         at_most(
-            f"step less bare gather and scatter from {LARGE} items on, largest / smallest",
+            f"step less bare gather and scatter, above {LARGE} items / there",
             1.15,
-            _spreads([row for row in sizes if row.num_items >= LARGE], "rest_ms"),
+            _growth(sizes),
         ),
         at_most(
             "peak memory less table and optimizer, largest / smallest",
             1.15,
-            _spreads(sizes, "rest_mib"),
+            _spread_of_memory(sizes),
         ),
         at_least(
             f"{BAR_LOAD}: wall time of one process / two, where the machine was quiet",
@@ -41,14 +41,19 @@ def compute_bars(sizes: list[SizeRow], ranks: list[RanksRow]) -> list[Bar]:
     ]
 
 
-def _spreads(rows: list[SizeRow], of: str) -> Found:
-    """The largest over the smallest over the tables of a load, where there are two at least."""
-    found: Found = []
-    for load in dict.fromkeys(row.load for row in rows):
-        values = [getattr(row, of) for row in rows if row.load == load]
-        if len(values) > 1:
-            found.append((max(values) / min(values), load))
-    return found
+def _growth(rows: list[SizeRow]) -> Found:
+    """Below 1 where the bare gather and scatter grow faster than the step."""
+    at_large = [row.rest_ms for row in rows if row.num_items == LARGE]
+    return [
+        (row.rest_ms / at_large[0], f"{row.num_items} items")
+        for row in rows
+        if at_large and row.num_items > LARGE
+    ]
+
+
+def _spread_of_memory(rows: list[SizeRow]) -> Found:
+    rests = [row.rest_mib for row in rows]
+    return [(max(rests) / min(rests), "all sizes")] if len(rests) > 1 else []
 
 
 def _ratios(rows: list[RanksRow]) -> Found:
