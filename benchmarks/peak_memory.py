@@ -65,11 +65,11 @@ def measure_peak(
 
 
 def _now_bytes(device: str) -> int:
-    return torch.cuda.memory_allocated() if device == "cuda" else _status_bytes("VmRSS")
+    return torch.cuda.memory_allocated() if device == "cuda" else status_bytes("VmRSS")
 
 
 def _peak_bytes(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
+    return torch.cuda.max_memory_allocated() if device == "cuda" else status_bytes("VmHWM")
 
 
 def _reset_peak(device: str) -> None:
@@ -79,6 +79,6 @@ def _reset_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
@@ -102,6 +106,7 @@ def shard(
         sharders=sharders,
         init_data_parallel=ranks.world_size > 1,
     )
+    _look_up_bags_of_one(model)
     if ranks.world_size == 1:
         model.module.to(ranks.device)  # what DDP would have done
     return model
@@ -131,13 +136,43 @@ def _planned(
 
 
 def _topology(ranks: Ranks) -> Topology:
+    hbm_bytes = None
+    if ranks.device.type == "cuda":  # the planner would take every GPU for one of 32 GB
+        hbm_bytes = torch.cuda.get_device_properties(ranks.device).total_memory
     return TopologyFactory.create_topology(
         TrainerConfig(
             world_size=ranks.world_size,
             local_world_size=ranks.local_world_size,
+            hbm_cap_bytes=hbm_bytes,
         ),
         kernel_config=KernelConfig(compute_device=ranks.device.type),
     )
+
+
+def _look_up_bags_of_one(model: nn.Module) -> None:
+    """Turn the unpooled lookups of sharded tables on CPU into pooled ones of one id a bag.
+
+    The rows and the updates are the same. But FBGEMM's CPU backward of an unpooled lookup keeps
+    a vector for each row in hash maps, and takes seven times as long (2.5 µs a row of 32).
+    """
+    collections = [m for m in model.modules() if isinstance(m, ShardedEmbeddingCollection)]
+    lookups = nn.ModuleList(lookup for table in collections for lookup in table._lookups)
+    for kernel in lookups.modules():
+        if (
+            isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen)
+            and kernel.use_cpu
+            and kernel.is_nobag
+            and len(kernel.feature_table_map) == 1  # several would be pooled side by side
+        ):
+            kernel.pooling_mode, kernel.is_nobag = PoolingMode.SUM, False
+            kernel.register_forward_pre_hook(_one_id_a_bag, with_kwargs=True)
+
+
+def _one_id_a_bag(
+    kernel: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    indices = kwargs["indices"]
+    return args, kwargs | {"offsets": torch.arange(len(indices) + 1, device=indices.device)}
 
 
 @torch.no_grad()
