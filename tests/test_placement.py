@@ -68,8 +68,12 @@ def test_what_cannot_be_trained_is_refused_by_one_line(table: dict[str, Any], me
     assert "\n" not in str(caught.value)
 
 
-def test_kinds_of_pooled_tables_are_refused_on_cuda_too() -> None:
-    with pytest.raises(ValueError, match="grid shards pooled lookups"):
+def test_kinds_of_pooled_tables_are_settled_on_cuda() -> None:
+    by_rows = _settle(device_type="cuda", placement="table_row_wise")
+    assert (by_rows.optimizer, by_rows.sharding_types) == ("rowwise_adagrad", ["table_row_wise"])
+    grid = _settle(device_type="cuda", placement="grid", optimizer="adagrad")
+    assert (grid.fused, grid.sharding_types) == ("adagrad", ["grid_shard"])
+    with pytest.raises(ValueError, match='under grid; set optimizer to "adagrad" or "sgd"'):
         _settle(device_type="cuda", placement="grid")
 
 
@@ -96,7 +100,15 @@ def _fingerprint(dataset: PreparedDataset, rate: float = 0.01, **table: Any) -> 
 
 
 def test_a_stage_goes_on_under_another_placement(cycle: PreparedDataset) -> None:
-    kinds = ("replicated", "table_wise", "row_wise", "column_wise", "planner")
+    kinds = (
+        "replicated",
+        "table_wise",
+        "row_wise",
+        "column_wise",
+        "planner",
+        "table_row_wise",
+        "grid",
+    )
     found = {_fingerprint(cycle, placement=kind, optimizer="adagrad") for kind in kinds}
     assert len(found | {_fingerprint(cycle, optimizer="adagrad", replicated_max_mb=1e-6)}) == 1
     # What `auto` comes to is what counts.

@@ -8,8 +8,8 @@ from torchrec_pt.config import TableConfig
 
 # What every placement has alike; a sharded table has it fused into backward.
 TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
-# TorchRec has them on CUDA, and there for pooled lookups alone.
-_POOLED_ON_CUDA = {"table_row_wise": "row_wise", "grid": "column_wise"}
+# TorchRec has them on CUDA alone, and for pooled lookups; elsewhere there is what follows.
+POOLED = {"table_row_wise": "row_wise", "grid": "column_wise"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Placement:
     def sharding_types(self) -> list[str]:
         """What the planner may choose, in TorchRec's words."""
         if self.kind != "planner":
-            return [self.kind]
+            return ["grid_shard" if self.kind == "grid" else self.kind]
         by_columns = [] if self.optimizer == "rowwise_adagrad" else ["column_wise"]
         return ["table_wise", "row_wise", *by_columns]
 
@@ -55,15 +55,10 @@ def settle_placement(table: TableConfig, num_items: int, dim: int, device_type: 
         ValueError: a placement that the device lacks, or an optimizer that does not go with it.
     """
     kind, optimizer = _settle_kind(table, num_items, dim), settle_optimizer(table, num_items, dim)
-    if kind in _POOLED_ON_CUDA:
-        why = (
-            f"is for CUDA alone, this is {device_type}"
-            if device_type != "cuda"
-            else "shards pooled lookups, and the item table is looked up row by row"
-        )
+    if kind in POOLED and device_type != "cuda":
         raise ValueError(
-            f"model.item_table: {kind} {why}; set placement to "
-            f'"{_POOLED_ON_CUDA[kind]}", or to "planner"'
+            f"model.item_table: {kind} is for CUDA alone, this is {device_type}; set placement to "
+            f'"{POOLED[kind]}", or to "planner"'
         )
     if kind != "replicated" and optimizer == "adamw":
         which = "sharded" if kind == "planner" else kind
@@ -71,10 +66,10 @@ def settle_placement(table: TableConfig, num_items: int, dim: int, device_type: 
             f"model.item_table: a {which} table fuses its optimizer into backward, where CPU has "
             'no adamw; set optimizer to "rowwise_adagrad", or placement to "replicated"'
         )
-    if kind == "column_wise" and optimizer == "rowwise_adagrad":
+    if kind in ("column_wise", "grid") and optimizer == "rowwise_adagrad":
         raise ValueError(
             "model.item_table: rowwise_adagrad keeps one state per column shard and is not exact "
-            'under column_wise; set optimizer to "adagrad" or "sgd"'
+            f'under {kind}; set optimizer to "adagrad" or "sgd"'
         )
     return Placement(kind, optimizer, table.learning_rate)
 

@@ -28,14 +28,15 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
-from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_pt import rng
 from torchrec_pt.config import TrainConfig
 from torchrec_pt.data.batch import ITEM
 from torchrec_pt.distributed import Ranks, gather_objects, raised_together
-from torchrec_pt.placement import Placement
+from torchrec_pt.models.item_bags import ItemBagsSharder
+from torchrec_pt.models.item_table import ItemTable
+from torchrec_pt.placement import POOLED, Placement
 
 # TorchRec and torch speak at every start of things that their user can do nothing about.
 logging.getLogger("torchrec.distributed.planner").setLevel(logging.WARNING)
@@ -75,24 +76,29 @@ def shard(
     Raises:
         ValueError: a table that the planner cannot place.
     """
-    sharders = [cast(ModuleSharder[nn.Module], EmbeddingCollectionSharder())]
+    sharder = ItemBagsSharder() if placement.kind in POOLED else EmbeddingCollectionSharder()
+    sharders = [cast(ModuleSharder[nn.Module], sharder)]
     plan = ShardingPlan(plan={})
-    collection = next(m for m in module.modules() if isinstance(m, EmbeddingCollection))
+    table = next(m for m in module.modules() if isinstance(m, ItemTable))
     if placement.fused is None:
-        collection.to_empty(device=ranks.device)
+        table.collection.to_empty(device=ranks.device)
     else:
-        weight = collection.embeddings[ITEM].weight
+        if placement.kind in POOLED:
+            table.pool()
+        weight = next(table.collection.parameters())
         settings = {"lr": placement.learning_rate or train.learning_rate}
         if placement.fused != "sgd":
             settings["eps"] = EPS
         _apply_optimizer_in_backward(FUSED_OPTIMIZERS[placement.fused], [weight], settings)
+        num_nodes = ranks.world_size // ranks.local_world_size
+        num_parts = num_nodes if placement.kind == "grid" else ranks.world_size
         planner = EmbeddingShardingPlanner(
             topology=_topology(ranks),
             constraints={
                 ITEM: ParameterConstraints(
                     sharding_types=placement.sharding_types,
                     # TorchRec's own is 128 columns, which would leave most tables whole.
-                    min_partition=max(4, -(-weight.shape[1] // ranks.world_size)),
+                    min_partition=max(4, -(-weight.shape[1] // num_parts)),
                 )
             },
             storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
