@@ -29,6 +29,23 @@ FEATURES = [
     {"column": "hour", "of": "interaction", "kind": "categorical"},
 ]
 
+# A run for the shell, over `write_cycle`'s log; what follows the last line is a test's own.
+RUN = """\
+run_dir = "{run_dir}"
+[data]
+format = "tsv"
+path = "{log}"
+columns = {{ rating = "rating", timestamp = "timestamp" }}
+[model]
+dim = 16
+num_layers = 1
+max_length = 8
+[pretrain]
+epochs = {epochs}
+batch_size = 10
+objectives = [{{ name = "masked_item" }}]
+"""
+
 # Tensors of a few dozen rows are slower on many threads than on one.
 torch.set_num_threads(1)
 

@@ -17,22 +17,10 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import RUN
 from torchrec_pt.launch import verdict
 
-RUN = """\
-run_dir = "{run_dir}"
-[data]
-format = "tsv"
-path = "{log}"
-columns = {{ rating = "rating", timestamp = "timestamp" }}
-[model]
-dim = 16
-num_layers = 1
-max_length = 8
-[pretrain]
-epochs = {epochs}
-batch_size = 10
-objectives = [{{ name = "masked_item" }}]
+EVALUATE = """\
 [evaluate]
 baselines = ["popularity"]
 """
@@ -96,7 +84,7 @@ def config(cycle_folder: Path, tmp_path: Path) -> Iterator[Config]:
     def write(name: str = "run", epochs: int = EPOCHS) -> Path:
         path = tmp_path / f"{name}.toml"
         log = cycle_folder / "log.tsv"
-        path.write_text(RUN.format(run_dir=tmp_path / name, log=log, epochs=epochs))
+        path.write_text(RUN.format(run_dir=tmp_path / name, log=log, epochs=epochs) + EVALUATE)
         return path
 
     return write

@@ -13,20 +13,9 @@ from pathlib import Path
 
 import pytest
 
-RUN = """\
-run_dir = "{run_dir}"
-[data]
-format = "tsv"
-path = "{log}"
-columns = {{ rating = "rating", timestamp = "timestamp" }}
-[model]
-dim = 16
-num_layers = 1
-max_length = 8
-[pretrain]
-epochs = 60
-batch_size = 10
-objectives = [{{ name = "masked_item" }}]
+from tests.conftest import RUN
+
+FINETUNE = """\
 [finetune.ctr]
 positive_rating = 3
 epochs = 30
@@ -40,7 +29,7 @@ batch_size = 10
 
 def _start(folder: Path, log: Path, name: str) -> subprocess.Popen[str]:
     config = folder / f"{name}.toml"
-    config.write_text(RUN.format(run_dir=folder / name, log=log))
+    config.write_text(RUN.format(run_dir=folder / name, log=log, epochs=60) + FINETUNE)
     return subprocess.Popen(
         [sys.executable, "-m", "torchrec_pt", "run", str(config)],
         stdout=subprocess.PIPE,
