@@ -87,33 +87,27 @@ def _ranks_table(rows: list[RanksRow]) -> Table:
 def save_plot(path: Path, sizes: list[SizeRow], ranks: list[RanksRow], title: str) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(18, 5.5), layout="constrained")
     figure.suptitle(title)
-    _plot_times(axes[0], sizes)
-    _plot_memory(axes[1], sizes)
+    times = {"step_p50_ms": "step", "bare_p50_ms": "bare gather and scatter"}
+    _plot_pair(axes[0], sizes, times, "CPU time of a step", "ms")
+    memory = {"peak_mib": "peak", "rest_mib": "less table and optimizer"}
+    _plot_pair(axes[1], sizes, memory, "memory", "MiB")
     _plot_ratios(axes[2], ranks)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _plot_times(axis: Any, rows: list[SizeRow]) -> None:
+def _plot_pair(
+    axis: Any, rows: list[SizeRow], curves: dict[str, str], title: str, unit: str
+) -> None:
+    """Of each load two curves against the items; `curves`: attribute of the rows -> its name."""
+    upper, lower = curves.items()
     for load, of_load in _by_load(rows).items():
         items, color = [row.num_items for row in of_load], COLORS[load]
-        steps = [row.step_p50_ms for row in of_load]
-        axis.loglog(items, steps, marker="o", color=color, label=f"{load}: step")
-        bares = [row.bare_p50_ms for row in of_load]
-        label = f"{load}: bare gather and scatter"
-        axis.loglog(items, bares, marker=".", linestyle=":", color=color, label=label)
-    _name(axis, rows, "CPU time of a step", "ms")
-
-
-def _plot_memory(axis: Any, rows: list[SizeRow]) -> None:
-    for load, of_load in _by_load(rows).items():
-        items, color = [row.num_items for row in of_load], COLORS[load]
-        peaks = [row.peak_mib for row in of_load]
-        axis.loglog(items, peaks, marker="o", color=color, label=f"{load}: peak")
-        rests = [row.rest_mib for row in of_load]
-        label = f"{load}: less table and optimizer"
-        axis.loglog(items, rests, marker=".", linestyle=":", color=color, label=label)
-    _name(axis, rows, "memory", "MiB")
+        for (attribute, name), marker, line in ((upper, "o", "-"), (lower, ".", ":")):
+            values = [getattr(row, attribute) for row in of_load]
+            label = f"{load}: {name}"
+            axis.loglog(items, values, marker=marker, linestyle=line, color=color, label=label)
+    _name(axis, rows, title, unit)
 
 
 def _plot_ratios(axis: Any, rows: list[RanksRow]) -> None:
