@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torchrec.distributed.planner.types import ParameterConstraints
 
 from tests.conftest import tiny_config
-from torchrec_pt import cli, conversion, pipeline, sharding
+from torchrec_pt import checkpoint, cli, pipeline, sharding
 from torchrec_pt.checkpoint import Checkpoint, saved
 from torchrec_pt.config import RunConfig
 from torchrec_pt.distributed import joined_ranks
@@ -120,7 +120,7 @@ def test_a_path_without_a_checkpoint_is_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("block_bytes", [9999, conversion.BLOCK_BYTES])
+@pytest.mark.parametrize("block_bytes", [9999, checkpoint.BLOCK_BYTES])
 def test_convert_writes_one_file_that_safetensors_reads(
     newest: Path,
     tmp_path: Path,
@@ -128,14 +128,16 @@ def test_convert_writes_one_file_that_safetensors_reads(
     capsys: pytest.CaptureFixture[str],
     block_bytes: int,
 ) -> None:
-    monkeypatch.setattr(conversion, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", block_bytes)
     out = tmp_path / "all.safetensors"
     assert _call(monkeypatch, "convert", newest, out) == 0
     loaded = load_file(out)
     with joined_ranks() as ranks:
         opened = Checkpoint.open(newest, ranks)
     assert capsys.readouterr().out.startswith(f"{out}: {len(loaded)} tensors, ")
-    assert {name: tuple(tensor.shape) for name, tensor in loaded.items()} == opened.shapes()
+    assert {name: tuple(tensor.shape) for name, tensor in loaded.items()} == {
+        name: saved.shape for name, saved in opened.tensors.items()
+    }
     for name, tensor in loaded.items():
         assert torch.equal(tensor, opened.read(name).reshape(tensor.shape)), name
     assert [path.name for path in tmp_path.iterdir()] == [out.name]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import FEATURES, tiny_config
-from torchrec_pt import item_rows
+from torchrec_pt import checkpoint
 from torchrec_pt.build import build_learner, build_task
 from torchrec_pt.checkpoint import Checkpoint, CheckpointError
 from torchrec_pt.data.dataset import PreparedDataset
@@ -59,12 +59,12 @@ def _table(num: int, dim: int = 3) -> Tensor:
     return torch.arange(1.0, num + 1).unsqueeze(1).expand(num, dim).contiguous()
 
 
-@pytest.mark.parametrize("block_bytes", [1, 30, item_rows.BLOCK_BYTES])
+@pytest.mark.parametrize("block_bytes", [1, 30, checkpoint.BLOCK_BYTES])
 def test_rows_move_with_their_ids_in_blocks_of_any_size(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
     path = _save(tmp_path, {TABLE: _table(5)}, pl.Series(["a", "b", "c", "d", "e"]), ranks)
-    monkeypatch.setattr(item_rows, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", block_bytes)
     target = torch.full((6, 3), -1.0)
     said = _load(path, {TABLE: target}, pl.Series(["e", "x", "b", "a", "y", "d"]), ranks)
     assert target[:, 0].tolist() == [5, -1, 2, 1, -1, 4]

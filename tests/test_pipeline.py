@@ -198,7 +198,7 @@ def test_fine_tuning_loads_every_parameter_of_the_backbone(finished: RunConfig) 
     pretrained = load_result(finished.run_dir / "pretrain")
     assert pretrained is not None
     report = _load_pretrained(pretrained.checkpoint, finished)
-    held = Checkpoint.open(pretrained.checkpoint, join_ranks()).shapes()
+    held = Checkpoint.open(pretrained.checkpoint, join_ranks()).tensors
     assert report.loaded == sorted(name for name in held if name.startswith("model."))
     assert not report.new
     assert not report.dropped

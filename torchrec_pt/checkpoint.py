@@ -35,6 +35,7 @@ from torchrec_pt.distributed import Ranks, raised_together
 from torchrec_pt.files import sha256
 
 FORMAT = "torchrec_pt checkpoint"
+BLOCK_BYTES = 32 << 20  # of a tensor that is read in blocks of rows
 VERSION = 2  # 1: without items.parquet and this number
 MARK, STATE, ITEMS = "complete.json", "state.json", "items.parquet"
 
@@ -104,10 +105,6 @@ class Checkpoint:
             items = _read_items(path)
             tensors = _read_headers(path, frozenset(document["scalars"]))
         return cls(path, document["state"], document["made_by"], items, tensors)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor."""
-        return {name: saved.shape for name, saved in self.tensors.items()}
 
     def is_of(self, items: pl.Series) -> bool:
         """Whether these are its items, in its order."""
@@ -196,6 +193,11 @@ class Checkpoint:
 def as_text(ids: pl.Series) -> pl.Series:
     """External ids so that "242" and 242 name the same item."""
     return ids.cast(pl.String)
+
+
+def rows_per_block(row_shape: Sequence[int], dtype: torch.dtype) -> int:
+    """How many rows of this shape come to BLOCK_BYTES, at least 1."""
+    return max(1, BLOCK_BYTES // max(1, math.prod(row_shape) * dtype.itemsize))
 
 
 def parts_of(tensor: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:

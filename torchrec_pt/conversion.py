@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from torchrec_pt.checkpoint import Checkpoint
+from torchrec_pt.checkpoint import Checkpoint, rows_per_block
 from torchrec_pt.files import whole_file
 from torchrec_pt.safetensors_file import Entry, write_safetensors
-
-BLOCK_BYTES = 32 << 20
 
 
 def convert(
     checkpoint: Checkpoint, out: Path, *, model_only: bool = False, dtype: torch.dtype | None = None
 ) -> list[str]:
-    """Write `out`, whole or not at all, holding BLOCK_BYTES of a tensor at a time.
+    """Write `out`, whole or not at all, holding a block of a tensor at a time.
 
     Args:
         model_only: without the optimizer's tensors, and names as the model's state_dict has them.
@@ -55,8 +52,7 @@ def convert(
 def _entry(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> Entry:
     saved = checkpoint.tensors[name]
     to = dtype if dtype is not None and saved.dtype.is_floating_point else saved.dtype
-    row_bytes = max(1, math.prod(saved.kept_shape[1:]) * saved.dtype.itemsize)
-    num_rows = max(1, BLOCK_BYTES // row_bytes)
+    num_rows = rows_per_block(saved.kept_shape[1:], saved.dtype)
 
     def blocks() -> Iterator[Tensor]:
         for begin in range(0, saved.kept_shape[0], num_rows):

@@ -9,6 +9,7 @@ number of ranks (`scoring`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,17 +56,10 @@ def held_out(dataset: PreparedDataset, split: Literal["valid", "test"]) -> HeldO
 
     An item that a user took twice is one target.
     """
-    targets = _distinct(dataset.targets(split), dataset.num_items)
+    targets = dataset.targets(split).to_sets()
     users = torch.nonzero(targets.lengths > 0).squeeze(1)
     seen = dataset.history("train" if split == "valid" else "valid")
     return HeldOut(users, seen.select(users), targets.select(users))
-
-
-def _distinct(items: Jagged, num_items: int) -> Jagged:
-    """Each item of a row once, in ascending order."""
-    keys = torch.unique(items.rows * num_items + items.values)
-    lengths = torch.bincount(keys // num_items, minlength=items.num_rows)
-    return Jagged.from_lengths(keys % num_items, lengths)
 
 
 @torch.no_grad()
@@ -105,11 +99,11 @@ def _rank_block(
     scorer: Scorer[Query], queries: Query, seen: Jagged, targets: Jagged, items: range
 ) -> Tensor:
     """(T,) int64 ranks of the targets of one block of users, whom all ranks score together."""
-    row, item = targets.rows, targets.values
+    row, item, wanted = targets.rows, targets.values, ByItem(targets)
     own = torch.zeros(len(row), device=row.device)
     kept: dict[int, Tensor] = {}
     for block in item_blocks(items):
-        here = _within(item, block)
+        here = wanted.within(block)
         if len(here):
             scores = scorer.scores(queries, block).to(row.device)
             own[here] = scores[row[here], item[here] - block.start]
@@ -125,8 +119,8 @@ def _rank_block(
         else:
             scores = scorer.scores(queries, block).to(row.device)
         counts[-1] += (~torch.isfinite(scores)).sum()
-        hidden.overwrite(scores, block, -torch.inf)
-        here = _within(item, block)
+        hidden.hide(scores, block)
+        here = wanted.within(block)
         scores[row[here], item[here] - block.start] = own[here]  # a candidate though seen
         for some in torch.arange(len(row), device=row.device).split(TARGETS_AT_A_TIME):
             place = item[some] - block.start
@@ -135,10 +129,6 @@ def _rank_block(
     if counts[-1]:
         raise ValueError("ranking: the model's scores are not finite; lower the learning rate")
     return counts[:-1] + 1
-
-
-def _within(item: Tensor, block: range) -> Tensor:
-    return torch.nonzero((item >= block.start) & (item < block.stop)).squeeze(1)
 
 
 def _count_ahead(scores: Tensor, own: Tensor, place: Tensor) -> Tensor:
@@ -181,14 +171,17 @@ def _predict(learner: Learner, task: PairTask, asked: Asked, ranks: Ranks) -> Te
     return task.predict(learner.backbone, drawn, asked.users.to(ranks.device))
 
 
-def gather_by_user(users: Tensor, values: Jagged, ranks: Ranks) -> tuple[Tensor, Jagged]:
+def gather_by_user(
+    users: Tensor, values: Sequence[Jagged], ranks: Ranks
+) -> tuple[Tensor, list[Jagged]]:
     """The rows of all ranks in the order of dense user ids, on every rank.
 
     Args:
         users: (R,) int64 dense ids, ascending; a user may have several rows.
+        values: R rows each.
     """
-    everyone = gather_each(users.to(ranks.device))
-    rows = Jagged.stack(gather_blocks(values.to(ranks.device)))
-    users = torch.cat(everyone)
+    users = torch.cat(gather_each(users.to(ranks.device)))
     order = users.argsort(stable=True)
-    return users[order].cpu(), rows.select(order).to(torch.device("cpu"))
+    gathered = [Jagged.stack(gather_blocks(each.to(ranks.device))) for each in values]
+    cpu = torch.device("cpu")
+    return users[order].to(cpu), [rows.select(order).to(cpu) for rows in gathered]

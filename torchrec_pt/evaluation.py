@@ -51,7 +51,7 @@ def evaluate_ranking(stage: Stage, dataset: PreparedDataset) -> tuple[TaskEvalua
     per_user: dict[str, dict[str, Tensor]] = {}
     for name, scorer in _scorers(stage, dataset):
         found = rank_targets(scorer, asked, parts, dataset.num_items, stage.ranks, batch_size)
-        everyone, found = gather_by_user(users, found, stage.ranks)
+        everyone, (found,) = gather_by_user(users, [found], stage.ranks)
         per_user[name] = ranking_metrics(found, stage.config.evaluate.ks)
     columns = {
         f"{name} {metric}": values.numpy()

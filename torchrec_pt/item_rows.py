@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,9 +10,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from torchrec_pt.checkpoint import Checkpoint, as_text, parts_of
-
-BLOCK_BYTES = 32 << 20
+from torchrec_pt.checkpoint import Checkpoint, as_text, parts_of, rows_per_block
 
 # The parameters whose row i is item i, whatever their width, and their optimizer's states, named
 # "<parameter>.<what>". Another tensor may have as many rows by accident.
@@ -66,7 +63,7 @@ def match_rows(saved: pl.Series, wanted: pl.Series) -> RowMatch:
 def read_rows(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], match: RowMatch) -> None:
     """Fill the matched rows of tensors that `Checkpoint.check` let pass; new ones stay as they are.
 
-    Each rank reads the blocks of rows (of BLOCK_BYTES) in which there is one of its own.
+    Each rank reads the blocks of rows in which there is one of its own.
     """
     for name, tensor in tensors.items():
         for offsets, part in parts_of(tensor):
@@ -83,8 +80,7 @@ def _read_part(
     columns = [
         (offset, offset + size) for offset, size in zip(offsets[1:], part.shape[1:], strict=True)
     ]
-    row_bytes = max(1, math.prod(part.shape[1:]) * part.dtype.itemsize)
-    num_rows = max(1, BLOCK_BYTES // row_bytes)
+    num_rows = rows_per_block(part.shape[1:], part.dtype)
     first = 0
     while first < len(source):
         begin = int(source[first])

@@ -10,9 +10,9 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed import DistributedModelParallel
 
+from torchrec_pt.checkpoint import parts_of
 from torchrec_pt.distributed import gather_objects
 from torchrec_pt.files import write_json
 
@@ -78,9 +78,7 @@ def table_plans(
 
 
 def _local_bytes(value: Tensor) -> int:
-    if isinstance(value, ShardedTensor):
-        return sum(part.tensor.nbytes for part in value.local_shards())
-    return value.nbytes
+    return sum(part.nbytes for _, part in parts_of(value))
 
 
 def write_plan(path: Path, plans: list[TablePlan]) -> None:

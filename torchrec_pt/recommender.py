@@ -116,8 +116,9 @@ def find_user(dataset: PreparedDataset, external_id: str | int) -> int | None:
     Raises:
         DataError: no rank has this user.
     """
-    if any(gather_objects(dataset.has_user(external_id))):
-        return dataset.user_index(external_id) if dataset.has_user(external_id) else None
+    is_mine = dataset.has_user(external_id)
+    if any(gather_objects(is_mine)):
+        return dataset.user_index(external_id) if is_mine else None
     with raised_together():
         # A rank without users has no hint to give; the first rank has some.
         return dataset.user_index(external_id) if dataset.num_users else None

@@ -7,7 +7,7 @@ differently with its shape; so a score has the same bits for any number of ranks
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Protocol, TypeVar, overload
 
 import torch
@@ -61,15 +61,9 @@ class ModelScorer:
 
 
 def own_items(num_items: int, ranks: Ranks) -> range:
-    """The items that a rank scores: whole blocks."""
+    """The items that a rank scores: whole blocks; no rank has more than the first."""
     begin, end = ranks.part_of(-(-num_items // ITEM_BLOCK))
     return range(min(begin * ITEM_BLOCK, num_items), min(end * ITEM_BLOCK, num_items))
-
-
-def most_items(num_items: int, ranks: Ranks) -> int:
-    """The most items that a rank scores, ITEM_BLOCK or more."""
-    num_blocks = math.ceil(num_items / ITEM_BLOCK)
-    return math.ceil(num_blocks / ranks.world_size) * ITEM_BLOCK
 
 
 def item_blocks(items: range) -> list[range]:
@@ -112,10 +106,10 @@ def gather_blocks(block: Tensor | Jagged) -> list[Tensor] | list[Jagged]:
 @torch.no_grad()
 def encode_own_items(backbone: Backbone, ranks: Ranks) -> Tensor:
     """(len(own_items), D) vectors; all ranks call it."""
-    items = own_items(backbone.items.num_items, ranks)
-    per_lookup = ITEM_BLOCK * BLOCKS_PER_LOOKUP
+    num_items, per_lookup = backbone.items.num_items, ITEM_BLOCK * BLOCKS_PER_LOOKUP
+    items = own_items(num_items, ranks)
     vectors = []
-    for begin in range(0, most_items(backbone.items.num_items, ranks), per_lookup):
+    for begin in range(0, len(own_items(num_items, replace(ranks, rank=0))), per_lookup):
         some = items[begin : begin + per_lookup]
         vectors.append(encode_item_range(backbone, some.start, some.stop))
     return torch.cat(vectors)
@@ -177,7 +171,7 @@ def top_items(
     for block in item_blocks(own_items(num_items, ranks)):
         scores = scorer.scores(queries, block)
         if hidden is not None:
-            hidden.overwrite(scores, block, -torch.inf)
+            hidden.hide(scores, block)
         top = scores.topk(min(k, len(block)), dim=1)
         best = [_merged([*best, (top.indices + block.start, top.values)], k)]
     if ranks.world_size == 1:
@@ -199,11 +193,16 @@ class ByItem:
     """A jagged of items by item, so that a block of items finds its entries at once."""
 
     def __init__(self, items: Jagged) -> None:
-        self._items, order = items.values.sort()
-        self._rows = items.rows[order]
+        self._jagged, self._rows = items, items.rows
+        self._ascending, self._order = items.values.sort()
 
-    def overwrite(self, scores: Tensor, block: range, value: float) -> None:
-        """The scores (B, len(block)) of each row's own items become `value`."""
-        edges = self._items.new_tensor([block.start, block.stop])
-        begin, end = torch.searchsorted(self._items, edges).tolist()
-        scores[self._rows[begin:end], self._items[begin:end] - block.start] = value
+    def within(self, block: range) -> Tensor:
+        """Places of the entries whose items the block holds."""
+        edges = self._ascending.new_tensor([block.start, block.stop])
+        begin, end = torch.searchsorted(self._ascending, edges).tolist()
+        return self._order[begin:end]
+
+    def hide(self, scores: Tensor, block: range) -> None:
+        """The scores (B, len(block)) of each row's own items become −inf."""
+        here = self.within(block)
+        scores[self._rows[here], self._jagged.values[here] - block.start] = -torch.inf

@@ -13,7 +13,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
@@ -31,6 +30,7 @@ from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_pt import rng
+from torchrec_pt.checkpoint import parts_of
 from torchrec_pt.config import TrainConfig
 from torchrec_pt.data.batch import ITEM
 from torchrec_pt.distributed import Ranks, gather_objects, raised_together
@@ -51,8 +51,6 @@ FUSED_OPTIMIZERS = {
     "adagrad": torch.optim.Adagrad,
     "rowwise_adagrad": RowWiseAdagrad,
 }
-
-
 # FBGEMM's own; the dense optimizers of torch have 1e-10 and must be told.
 EPS = 1e-8
 
@@ -187,13 +185,8 @@ def fill_item_table(model: DistributedModelParallel, seed: int) -> None:
     for name, value in model.state_dict().items():
         if not is_item_table(name):
             continue
-        dim = value.size(1)
-        if isinstance(value, ShardedTensor):
-            for part in value.local_shards():
-                first_row, first_column = part.metadata.shard_offsets
-                _fill(part.tensor, first_row, first_column, dim, seed)
-        else:
-            _fill(value, 0, 0, dim, seed)
+        for (first_row, first_column), part in parts_of(value):
+            _fill(part, first_row, first_column, value.size(1), seed)
 
 
 def _fill(part: Tensor, first_row: int, first_column: int, dim: int, seed: int) -> None:

@@ -79,8 +79,7 @@ class Numbering:
 
     @classmethod
     def of(cls, dataset: PreparedDataset) -> Numbering:
-        values = pl.read_parquet(dataset.path / "vocabulary.parquet", glob=False)
-        digest = hashlib.sha256(values.write_ndjson().encode()).hexdigest()[:16]
+        digest = hashlib.sha256(dataset.vocabulary.write_ndjson().encode()).hexdigest()[:16]
         return cls(dataset.items["external_id"], digest)
 
 
@@ -105,7 +104,7 @@ def continue_training(
     numbering: Numbering,
     ranks: Ranks,
 ) -> TransferReport:
-    """The same with the states of the optimizers, which exist (`Optimizers.init_state`)."""
+    """The same with the states of the optimizers."""
     tensors = model_tensors(model) | optimizer_tensors(optimizers)
     kinds = ("model.", "optimizer.")
     return _take_over(Checkpoint.open(path, ranks), tensors, kinds, numbering)

@@ -64,7 +64,7 @@ def validation(
     def validate_ranking() -> dict[str, float]:
         scorer = ModelScorer(learner.backbone, history, ranks)
         found = rank_targets(scorer, asked, parts, dataset.num_items, ranks, batch_size)
-        _, found = gather_by_user(users, found, ranks)
+        _, (found,) = gather_by_user(users, [found], ranks)
         return {n: float(v.mean()) for n, v in ranking_metrics(found, (10,)).items()}
 
     return validate_ranking
@@ -101,20 +101,12 @@ def gather_judged(
 ) -> Judged:
     """Of the asked targets of every rank; `predictions`: model -> (P,) of this rank's."""
     rows = asked.targets.values
-    columns = {"items": dataset.interactions.values[rows], "labels": task.labels[rows]}
-    columns |= {f"model {model}": found for model, found in predictions.items()}
+    columns = [dataset.interactions.values[rows], task.labels[rows], *predictions.values()]
     users = dataset.user_ids[asked.users[asked.targets.rows]]
     one_each = torch.arange(len(rows) + 1)
-    gathered = {}
-    for name, values in columns.items():
-        everyone, found = gather_by_user(users, Jagged(values, one_each), ranks)
-        gathered[name] = found.values
-    return Judged(
-        users=everyone,
-        items=gathered["items"],
-        labels=gathered["labels"],
-        predictions={model: gathered[f"model {model}"] for model in predictions},
-    )
+    everyone, gathered = gather_by_user(users, [Jagged(c, one_each) for c in columns], ranks)
+    items, labels, *found = (column.values for column in gathered)
+    return Judged(everyone, items, labels, dict(zip(predictions, found, strict=True)))
 
 
 def _values(estimates: dict[str, Estimate]) -> dict[str, float]:

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from torchrec_pt import checkpoint
 from torchrec_pt.build import build_learner, build_objectives, build_task
-from torchrec_pt.checkpoint import Checkpoint
+from torchrec_pt.checkpoint import Checkpoint, parts_of
 from torchrec_pt.config import RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
@@ -96,7 +95,7 @@ def train(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> dict[
     parts = dataset.part_of_user[asked.users]
     found = rank_targets(scorer, asked, parts, dataset.num_items, ranks, batch_size=7)
     users = dataset.user_ids[asked.users]
-    result["ranks"] = gather_by_user(users, found, ranks)[1].values.tolist()
+    result["ranks"] = gather_by_user(users, [found], ranks)[1][0].values.tolist()
     if isinstance(objectives[0], PairTask):
         pairs = held_out_pairs(dataset, "test")
         parts = dataset.part_of_user[pairs.users]
@@ -109,9 +108,7 @@ def train(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> dict[
 def whole_tables(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """TorchRec's tables and their optimizer state, put together from the parts of all ranks."""
     parts = {
-        name: [(part.metadata.shard_offsets, part.tensor.tolist()) for part in value.local_shards()]
-        if isinstance(value, ShardedTensor)
-        else [([0] * value.dim(), value.tolist())]
+        name: [(offsets, part.tolist()) for offsets, part in parts_of(value)]
         for name, value in tensors.items()
         if ".embeddings." in name or ".embedding_bags." in name
     }

@@ -107,6 +107,12 @@ class PreparedDataset:
         with _undamaged(self.path):
             return pl.read_parquet(self.path / "items.parquet", glob=False)
 
+    @cached_property
+    def vocabulary(self) -> pl.DataFrame:
+        """`of`, `column`, `value`, `id` of the categories; read when first asked for."""
+        with _undamaged(self.path):
+            return pl.read_parquet(self.path / "vocabulary.parquet", glob=False)
+
     def external_user_ids(self) -> pl.Series:
         """Of all users, on every rank alike, by dense id; for what is written by user."""
         with _undamaged(self.path):

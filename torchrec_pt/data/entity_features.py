@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.manifest import FeatureSummary
 
@@ -50,7 +49,6 @@ def load_entity_features(dataset: PreparedDataset, of: Of) -> EntityFeatures:
         "item": (dataset.items, dataset.num_items),
         "interaction": (dataset.interaction_features, len(dataset.split)),
     }[of]
-    vocabulary = _read_vocabulary(dataset)
     categorical: dict[str, Jagged] = {}
     num_values: dict[str, int] = {}
     dense: dict[str, Tensor] = {}
@@ -60,7 +58,7 @@ def load_entity_features(dataset: PreparedDataset, of: Of) -> EntityFeatures:
         if feature.of != of:
             continue
         if feature.kind == "categorical":
-            known = vocabulary.filter((pl.col("of") == of) & (pl.col("column") == name))
+            known = dataset.vocabulary.filter((pl.col("of") == of) & (pl.col("column") == name))
             categorical[name] = _ids(table[name], known)
             num_values[name] = known.height + 1
         elif feature.kind == "numeric":
@@ -70,16 +68,6 @@ def load_entity_features(dataset: PreparedDataset, of: Of) -> EntityFeatures:
         else:
             skipped.append(name)
     return EntityFeatures(of, num_rows, categorical, num_values, dense, tuple(skipped))
-
-
-def _read_vocabulary(dataset: PreparedDataset) -> pl.DataFrame:
-    try:
-        return pl.read_parquet(dataset.path / "vocabulary.parquet", glob=False)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(
-            f"{dataset.path}: damaged, {reason}; remove the folder and prepare it again"
-        ) from None
 
 
 def _ids(cells: pl.Series, known: pl.DataFrame) -> Jagged:

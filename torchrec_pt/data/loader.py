@@ -83,17 +83,19 @@ class HistoryLoader:
 
     def _order(self, epoch: int) -> Tensor:
         """This rank's users, part after part."""
+        if not len(self._users):
+            return self._users
         num_parts = int((self._sizes > 0).sum())
         per_chunk = max(1, self.batch_size * BATCHES_PER_CHUNK // num_parts)
-        longest = int(self._capped_lengths.max()) + 1 if len(self._users) else 1
+        longest = int(self._capped_lengths.max()) + 1
         parts, sizes = self._part_of_user.unique_consecutive(return_counts=True)
-        ordered = [self._users]
+        ordered = []
         for part, users in zip(parts.tolist(), self._users.split(sizes.tolist()), strict=True):
             users = users[rng.permutation(len(users), self.seed, "epoch", epoch, part)]
             chunk = torch.arange(len(users)) // per_chunk
             by_length = chunk * longest + self._capped_lengths[users]
             ordered.append(users[by_length.argsort(stable=True)])
-        return torch.cat(ordered[1:] or ordered)
+        return torch.cat(ordered)
 
     def _at(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Of places (B,) in the global order, the part and the index in its order."""
