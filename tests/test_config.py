@@ -234,6 +234,9 @@ def test_any_changed_value_changes_the_digest() -> None:
         "max_length": 9,
         "attention": "causal",
         "dropout": 0.3,
+        "similarity": "cosine",
+        "item_content": False,
+        "row_dropout": 0.1,
         "item_table": {"placement": "row_wise"},
     }
     assert other.keys() == TransformerConfig.model_fields.keys() - {"backbone"}

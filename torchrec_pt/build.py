@@ -13,10 +13,11 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec_pt.checkpoint import Checkpoint
 from torchrec_pt.config import ModelConfig, RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.data.entity_features import load_entity_features
+from torchrec_pt.data.entity_features import load_entity_features, no_features
 from torchrec_pt.distributed import Ranks
 from torchrec_pt.learner import Learner
 from torchrec_pt.models.backbone import Backbone
+from torchrec_pt.models.item_content import ItemContent
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.models.two_tower import TwoTower
 from torchrec_pt.objectives.contrastive import ContrastiveObjective
@@ -90,15 +91,28 @@ def build_task(config: RunConfig, name: str, dataset: PreparedDataset) -> Rankin
 
 
 def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:
-    """The configured backbone, initial values from torch's generator; the item table is empty."""
-    if model.backbone == "transformer":
-        return Transformer(model, dataset.num_items)
-    return TwoTower(
-        model,
-        dataset.num_items,
-        load_entity_features(dataset, "user"),
-        load_entity_features(dataset, "item"),
-    )
+    """The configured backbone, initial values from torch's generator; the item table is empty.
+
+    Raises:
+        ValueError: row_dropout, and nothing but their rows is known of the items.
+    """
+    features = no_features("item", dataset.num_items)
+    if model.item_content:
+        features = load_entity_features(dataset, "item")
+    if model.row_dropout and not features.num_fields:
+        raise ValueError(
+            "model.row_dropout: leaves items to their features, and none is used; declare item "
+            "features in data.features, set item_content to true, or drop row_dropout"
+        )
+    if model.backbone == "two_tower":
+        return TwoTower(model, dataset.num_items, load_entity_features(dataset, "user"), features)
+    content = None
+    if features.num_fields:
+        num_trained = int((dataset.item_counts > 0).sum())
+        content = ItemContent(
+            features, model.dim, row_dropout=model.row_dropout, num_trained=num_trained
+        )
+    return Transformer(model, dataset.num_items, content)
 
 
 def build_learner(

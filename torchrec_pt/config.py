@@ -46,6 +46,9 @@ class Feature(Section):
     separator: str | None = Field(
         None, description="splits one cell into several categories or vector elements"
     )
+    pooling: Literal["mean", "sum"] = Field(
+        "mean", description="categorical: how the vectors of a cell's categories become one"
+    )
 
 
 class Filters(Section):
@@ -149,6 +152,15 @@ class BackboneConfig(Section):
     dim: int = Field(64, ge=8, multiple_of=8)
     max_length: int = Field(50, ge=2, description="newest items of a history that are read")
     dropout: float = Field(0.2, ge=0, le=0.99)
+    similarity: Literal["inner", "cosine"] = Field(
+        "inner", description="of user and item vectors; cosine wants objectives with a temperature"
+    )
+    item_content: bool = Field(
+        True, description="the item features of the data are part of an item's vector"
+    )
+    row_dropout: float = Field(
+        0.0, ge=0, lt=1, description="items a step known by their features alone"
+    )
     item_table: TableConfig = TableConfig()
 
 

@@ -167,7 +167,7 @@ def predict_pairs(
 
 
 def _predict(learner: Learner, task: PairTask, asked: Asked, ranks: Ranks) -> Tensor:
-    drawn = embed(learner.backbone.items, task.draw_asked(asked), ranks.device)
+    drawn = embed(learner.backbone, task.draw_asked(asked), ranks.device)
     return task.predict(learner.backbone, drawn, asked.users.to(ranks.device))
 
 

@@ -15,6 +15,7 @@ from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.objectives.loss_term import LossTerm, Objective
 from torchrec_pt.placement import Placement
+from torchrec_pt.rng import RowNoise
 
 
 class StepLoss(NamedTuple):
@@ -83,8 +84,10 @@ class Learner(nn.Module):
         return loss
 
     def _loss(self, batch: Batch, looked_up: Tensor) -> StepLoss:
-        vectors, catalogue_rows = batch.spread(looked_up)
-        catalogue = self._catalogue(catalogue_rows) if self._needs_catalogue else None
+        ids = batch.ids.values()
+        noise = RowNoise(batch.seed, batch.step, ids)
+        vectors, catalogue_rows = batch.spread(self.backbone.represent(ids, looked_up, noise))
+        catalogue = self._catalogue(catalogue_rows, batch) if self._needs_catalogue else None
         terms: list[LossTerm] = []
         for objective in self._objectives():
             drawn = batch.split(vectors, objective.name)
@@ -96,10 +99,13 @@ class Learner(nn.Module):
         scales = self._scales * self.ranks.world_size / global_weights
         return StepLoss(loss=(totals * scales).sum(), means=sums[0] / global_weights)
 
-    def _catalogue(self, rows: Tensor) -> Catalogue:
-        first = self._catalogue_range[0]
+    def _catalogue(self, rows: Tensor, batch: Batch) -> Catalogue:
+        """`rows`: of this rank's range, represented; of a whole table they are read here."""
+        first = self._catalogue_range[0] if self._looks_up_catalogue else 0
+        num_rows = len(rows) if self._looks_up_catalogue else self.backbone.items.num_items
+        ids = torch.arange(first, first + num_rows, device=rows.device)
         if not self._looks_up_catalogue:
-            rows, first = self.backbone.items.weight, 0
-        ids = torch.arange(first, first + len(rows), device=rows.device)
+            noise = RowNoise(batch.seed, batch.step, ids)
+            rows = self.backbone.represent(ids, self.backbone.items.weight, noise)
         keys = self.backbone.encode_items(ids, rows)
         return Catalogue(keys, first, self._looks_up_catalogue)

@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Protocol, TypeVar, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchrec_pt.data.batch import Draw, Embedded, lookup_ids
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, gather_each, gather_integers, gather_rows
 from torchrec_pt.models.backbone import Backbone
-from torchrec_pt.models.item_table import ItemTable
 
 ITEM_BLOCK = 512
 BLOCKS_PER_LOOKUP = 128
@@ -121,21 +121,30 @@ def encode_item_range(backbone: Backbone, begin: int, end: int) -> Tensor:
     rows = backbone.items.rows(begin, end).detach()  # no_grad returns a whole weight as it is
     ids = torch.arange(begin, end, device=rows.device)
     blocks = zip(ids.split(ITEM_BLOCK), rows.split(ITEM_BLOCK), strict=True)
-    return torch.cat([backbone.encode_items(*block) for block in blocks])
+    return torch.cat(
+        [backbone.encode_items(some, backbone.represent(some, rows)) for some, rows in blocks]
+    )
 
 
 @torch.no_grad()
 def encode_histories(backbone: Backbone, users: Tensor, history: Jagged) -> Tensor:
     """(R, D) vectors of users (R,) from R rows of item ids, of which the newest are read."""
     history = history.tail(backbone.history_length)
-    vectors = backbone.items(lookup_ids(history.values))
+    vectors = look_up(backbone, history.values)
     return backbone.encode_users(users, history.with_values(vectors))
 
 
-def embed(items: ItemTable, draw: Draw, device: torch.device) -> Embedded:
+def look_up(backbone: Backbone, ids: Tensor) -> Tensor:
+    """(T, D) represented rows of items (T,) int64; with a sharded table every rank calls."""
+    distinct, places = ids.unique(return_inverse=True)
+    rows = backbone.represent(distinct, backbone.items(lookup_ids(distinct)))
+    return F.embedding(places, rows)
+
+
+def embed(backbone: Backbone, draw: Draw, device: torch.device) -> Embedded:
     """A draw with the rows of its ids looked up; with a sharded table every rank calls."""
     ids = {name: lookup.to(device) for name, lookup in draw.lookups.items()}
-    rows = items(lookup_ids(torch.cat([lookup.values for lookup in ids.values()])))
+    rows = look_up(backbone, torch.cat([lookup.values for lookup in ids.values()]))
     parts = rows.split([len(lookup.values) for lookup in ids.values()])
     return Embedded(
         ids=ids,

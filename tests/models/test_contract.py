@@ -27,6 +27,9 @@ BACKBONES: dict[str, Callable[[float], ModelConfig]] = {
     "bidirectional transformer": lambda dropout: TransformerConfig(
         dim=DIM, num_layers=2, max_length=MAX_LENGTH, dropout=dropout
     ),
+    "cosine transformer": lambda dropout: TransformerConfig(
+        dim=DIM, max_length=MAX_LENGTH, similarity="cosine", dropout=dropout
+    ),
     "two towers": lambda dropout: TwoTowerConfig(
         backbone="two_tower", dim=DIM, hidden_dims=(12,), max_length=MAX_LENGTH, dropout=dropout
     ),
@@ -58,7 +61,7 @@ def _history(lengths: tuple[int, ...] = LENGTHS, seed: int = 1) -> Jagged:
 
 
 def _items(backbone: Backbone, ids: Tensor) -> Tensor:
-    return backbone.encode_items(ids, backbone.items.weight[ids])
+    return backbone.encode_items(ids, backbone.represent(ids, backbone.items.weight[ids]))
 
 
 def test_users_and_items_are_vectors_of_one_width(build: Callable[..., Backbone]) -> None:
@@ -144,7 +147,7 @@ def test_every_parameter_learns_from_users_and_items(build: Callable[..., Backbo
     is_masked = torch.zeros(len(history.values), dtype=torch.bool)
     is_masked[1] = True
     ids = torch.arange(backbone.items.num_items)
-    rows = backbone.items(lookup_ids(ids))
+    rows = backbone.represent(ids, backbone.items(lookup_ids(ids)))
     scores = (
         backbone.encode_users(torch.arange(5), history, is_masked=is_masked)
         @ backbone.encode_items(ids, rows).T

@@ -43,7 +43,7 @@ def random_features(
         cells[name] = Jagged.from_lengths(values, lengths)
     for name in dense:
         numbers[name] = torch.randn(num_rows, 5 if name == "vector" else 1, generator=generator)
-    return EntityFeatures("user", num_rows, cells, sizes, numbers, ())
+    return EntityFeatures("user", num_rows, cells, sizes, dict.fromkeys(cells, "mean"), numbers, ())
 
 
 def build(features: EntityFeatures, seed: int = 0) -> FeatureEncoder:
@@ -108,7 +108,9 @@ def test_vectors_and_gradients_are_those_of_the_reference(
 
 def test_a_cell_of_several_values_is_the_mean_of_their_rows() -> None:
     cells = Jagged.from_lengths(torch.tensor([2, 1, 2, 0]), torch.tensor([3, 1]))
-    encoder = build(EntityFeatures("item", 2, {"genres": cells}, {"genres": 3}, {}, ()))
+    encoder = build(
+        EntityFeatures("item", 2, {"genres": cells}, {"genres": 3}, {"genres": "mean"}, {}, ())
+    )
     (table,) = encoder.parameters()
     got = encoder(torch.tensor([0, 1]))[:, 0]
     torch.testing.assert_close(got[0], (2 * table[2] + table[1]) / 3)

@@ -61,6 +61,11 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         config = tiny_config(folder, model=model, **sections)
         return config.model_dump(mode="json")
 
+    def hiding(attention: str, table: dict[str, Any], *objectives: dict[str, Any]) -> Any:
+        config = case(attention, table, pretrain=pretrain(*objectives))
+        config["model"] |= {"row_dropout": 0.4, "similarity": "cosine"}
+        return config
+
     def pretrain(*objectives: dict[str, Any]) -> dict[str, Any]:
         return {**STEPS, "objectives": objectives}
 
@@ -89,6 +94,10 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         "next": case("causal", replicated, pretrain=pretrain(NEXT)),
         "next, sampled": case("causal", replicated, pretrain=pretrain({**NEXT, **OWN})),
         "masked, shared": case(both, replicated, pretrain=pretrain({**MASKED, **SHARED})),
+        "hidden rows": hiding("causal", replicated, {**NEXT, "temperature": 0.1}, PAIRS),
+        "hidden rows row_wise": hiding(
+            both, row_wise["item_table"], {**MASKED, "temperature": 0.1}
+        ),
         "softmax": case(both, replicated, finetune=ranking("softmax")),
         "bpr": case("causal", replicated, finetune=ranking("bpr")),
         "ctr": pairs("ctr", {"num_layers": 1}),

@@ -24,6 +24,7 @@ class EntityFeatures:
     Attributes:
         categorical: column -> N rows of vocabulary ids (int64), none of them empty.
         num_values: column -> size of its vocabulary, the unknown value included.
+        pooling: column -> "mean" or "sum", how the values of a cell become one vector.
         dense: column -> (N, width) float32: a number in standard deviations from the training
             mean, or a vector; zeros where the cell is empty.
         skipped: columns that no model reads yet: texts, and vectors nobody has.
@@ -33,8 +34,18 @@ class EntityFeatures:
     num_rows: int
     categorical: dict[str, Jagged]
     num_values: dict[str, int]
+    pooling: dict[str, str]
     dense: dict[str, Tensor]
     skipped: tuple[str, ...]
+
+    @property
+    def num_fields(self) -> int:
+        """Features that a model reads."""
+        return len(self.categorical) + len(self.dense)
+
+
+def no_features(of: Of, num_rows: int) -> EntityFeatures:
+    return EntityFeatures(of, num_rows, {}, {}, {}, {}, ())
 
 
 def load_entity_features(dataset: PreparedDataset, of: Of) -> EntityFeatures:
@@ -51,6 +62,7 @@ def load_entity_features(dataset: PreparedDataset, of: Of) -> EntityFeatures:
     }[of]
     categorical: dict[str, Jagged] = {}
     num_values: dict[str, int] = {}
+    pooling: dict[str, str] = {}
     dense: dict[str, Tensor] = {}
     skipped: list[str] = []
     for summary in dataset.manifest.features:
@@ -61,13 +73,14 @@ def load_entity_features(dataset: PreparedDataset, of: Of) -> EntityFeatures:
             known = dataset.vocabulary.filter((pl.col("of") == of) & (pl.col("column") == name))
             categorical[name] = _ids(table[name], known)
             num_values[name] = known.height + 1
+            pooling[name] = feature.pooling
         elif feature.kind == "numeric":
             dense[name] = _standardized(table[name], summary)
         elif feature.kind == "vector" and summary.dim is not None:
             dense[name] = _vectors(table[name], summary.dim)
         else:
             skipped.append(name)
-    return EntityFeatures(of, num_rows, categorical, num_values, dense, tuple(skipped))
+    return EntityFeatures(of, num_rows, categorical, num_values, pooling, dense, tuple(skipped))
 
 
 def _ids(cells: pl.Series, known: pl.DataFrame) -> Jagged:

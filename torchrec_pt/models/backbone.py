@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrec_pt.config import BackboneConfig
 from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.models.item_content import ItemContent
 from torchrec_pt.models.item_table import ItemTable
 from torchrec_pt.rng import RowNoise
 
@@ -16,15 +18,37 @@ class Backbone(nn.Module, ABC):
     """Vectors of users and items whose inner product ranks.
 
     Attributes:
-        items: the item table. Callers look it up once a step and hand in the rows.
+        items: the item table. Callers look it up once a step, `represent` what they found, and
+            hand that in where "rows" are asked for.
+        content: what makes item features part of an item's row; None where none are.
         history_length: newest items of a history that `encode_users` reads; callers cut.
     """
 
-    def __init__(self, config: BackboneConfig, history_length: int, num_items: int) -> None:
+    def __init__(
+        self,
+        config: BackboneConfig,
+        history_length: int,
+        num_items: int,
+        content: ItemContent | None = None,
+    ) -> None:
         super().__init__()
         self.dim = config.dim
+        self.is_cosine = config.similarity == "cosine"
+        self.content = content
         self.history_length = history_length
         self.items = ItemTable(num_items, config.dim)
+
+    def represent(self, ids: Tensor, rows: Tensor, noise: RowNoise | None = None) -> Tensor:
+        """Rows (N, D) of the item table with the content of their items (N,) int64 in them.
+
+        Args:
+            noise: of row_dropout, one row an item; None outside training.
+        """
+        return rows if self.content is None else self.content(ids, rows, noise)
+
+    def scaled(self, vectors: Tensor) -> Tensor:
+        """As they are compared: (N, D) of length 1 where `similarity` is the cosine."""
+        return F.normalize(vectors, dim=1) if self.is_cosine else vectors
 
     @abstractmethod
     def encode_items(self, ids: Tensor, rows: Tensor) -> Tensor:
@@ -32,7 +56,7 @@ class Backbone(nn.Module, ABC):
 
         Args:
             ids: (N,) int64 dense item ids.
-            rows: (N, D) their rows of the item table.
+            rows: (N, D) their rows of the item table, as `represent` gives them.
         """
 
     @abstractmethod
@@ -48,7 +72,7 @@ class Backbone(nn.Module, ABC):
 
         Args:
             users: (R,) int64 users of this rank; −1 for somebody of whom nothing else is known.
-            history: R rows of item table rows (T, D), oldest first, at most `history_length`
+            history: R rows of such item rows (T, D), oldest first, at most `history_length`
                 each; a row may be empty.
             noise: dropout's randomness, one row a user; None for no dropout.
             is_masked: (T,) bool, items of the history to hide.

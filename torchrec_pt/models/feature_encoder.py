@@ -15,7 +15,7 @@ from torchrec_pt.data.jagged import Jagged
 
 
 class FeatureEncoder(nn.Module):
-    """A categorical cell is the mean of its values' rows in a TorchRec table.
+    """A categorical cell is the mean or the sum of its values' rows in a TorchRec table.
 
     Tables and layers are named after their columns, `user.gender` as `user_gender`. The features
     themselves are buffers that checkpoints leave out: the prepared dataset holds them. Their row
@@ -25,7 +25,7 @@ class FeatureEncoder(nn.Module):
     def __init__(self, features: EntityFeatures, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        self.num_fields = len(features.categorical) + len(features.dense)
+        self.num_fields = features.num_fields
         self._tables = {c: _module_name(features.of, c) for c in features.categorical}
         self._layers = {c: _module_name(features.of, c) for c in features.dense}
         self.tables: EmbeddingBagCollection | None = None
@@ -36,7 +36,7 @@ class FeatureEncoder(nn.Module):
                     num_embeddings=features.num_values[column],
                     embedding_dim=dim,
                     feature_names=[name],
-                    pooling=PoolingType.MEAN,
+                    pooling=PoolingType[features.pooling[column].upper()],
                 )
                 for column, name in self._tables.items()
             ]

@@ -16,18 +16,21 @@ from torchrec_pt.config import TransformerConfig
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.dropout import RowDropout
+from torchrec_pt.models.item_content import ItemContent
 from torchrec_pt.rng import RowNoise
 
 
 class Transformer(Backbone):
-    """The transformer backbone; its item vectors are the rows of the item table.
+    """The transformer backbone; its item vectors are the rows of the item table and their content.
 
     A history's newest item always takes the last position, so a position means the same
     number of steps into the past in histories of any length.
     """
 
-    def __init__(self, config: TransformerConfig, num_items: int) -> None:
-        super().__init__(config, config.history_length, num_items)
+    def __init__(
+        self, config: TransformerConfig, num_items: int, content: ItemContent | None = None
+    ) -> None:
+        super().__init__(config, config.history_length, num_items, content)
         self.is_causal = config.attention == "causal"
         self.max_length = config.max_length
         self.dropout = config.dropout
@@ -50,7 +53,7 @@ class Transformer(Backbone):
         nn.init.normal_(self.position, std=0.02)
 
     def encode_items(self, ids: Tensor, rows: Tensor) -> Tensor:
-        return rows
+        return self.scaled(rows)
 
     def encode_positions(
         self,
@@ -86,7 +89,7 @@ class Transformer(Backbone):
         x = drop(x)
         for block in self.blocks:
             x = block(x, attention, drop)
-        return self.norm(x)
+        return self.scaled(self.norm(x))
 
     def encode_users(
         self,

@@ -40,7 +40,7 @@ class TwoTower(Backbone):
         self.item_tower = Tower(config.dim, self.item_features.num_fields, config.hidden_dims)
 
     def encode_items(self, ids: Tensor, rows: Tensor) -> Tensor:
-        return self.item_tower(rows, self.item_features(ids))
+        return self.scaled(self.item_tower(rows, self.item_features(ids)))
 
     def encode_users(
         self,
@@ -54,7 +54,8 @@ class TwoTower(Backbone):
             history = history.filter(~is_masked)
         place = torch.arange(len(users), device=users.device)
         drop = RowDropout(self.dropout, noise, "two_tower.dropout", place, 0 * place)
-        return self.user_tower(drop(mean_of_rows(history)), self.user_features(users), drop)
+        user = self.user_tower(drop(mean_of_rows(history)), self.user_features(users), drop)
+        return self.scaled(user)
 
 
 class Tower(nn.Module):
