@@ -1,0 +1,81 @@
+"""Every configuration type of a run.
+
+A run is one TOML file. Each type is a frozen pydantic model that forbids unknown keys, so a
+misspelt key is an error that names its neighbour.
+"""
+
+from __future__ import annotations
+
+from torchrec_pt.config.data import (
+    Columns,
+    DataConfig,
+    Feature,
+    Filters,
+    GivenSplit,
+    LeaveOneOutSplit,
+    RatioSplit,
+    Split,
+    TemporalSplit,
+)
+from torchrec_pt.config.model import (
+    BackboneConfig,
+    ModelConfig,
+    TableConfig,
+    TransformerConfig,
+    TwoTowerConfig,
+)
+from torchrec_pt.config.objectives import (
+    Contrastive,
+    MaskedItem,
+    Negatives,
+    NextItem,
+    Objective,
+    PredictionNegatives,
+)
+from torchrec_pt.config.run import EvaluateConfig, ExportConfig, RunConfig, ShowConfig
+from torchrec_pt.config.section import Section
+from torchrec_pt.config.tasks import (
+    CtrConfig,
+    FinetuneConfig,
+    PairConfig,
+    RankingConfig,
+    RatingConfig,
+    TaskConfig,
+)
+from torchrec_pt.config.training import PretrainConfig, TrainConfig
+
+__all__ = [
+    "BackboneConfig",
+    "Columns",
+    "Contrastive",
+    "CtrConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "Feature",
+    "Filters",
+    "FinetuneConfig",
+    "GivenSplit",
+    "LeaveOneOutSplit",
+    "MaskedItem",
+    "ModelConfig",
+    "Negatives",
+    "NextItem",
+    "Objective",
+    "PairConfig",
+    "PredictionNegatives",
+    "PretrainConfig",
+    "RankingConfig",
+    "RatingConfig",
+    "RatioSplit",
+    "RunConfig",
+    "Section",
+    "ShowConfig",
+    "Split",
+    "TableConfig",
+    "TaskConfig",
+    "TemporalSplit",
+    "TrainConfig",
+    "TransformerConfig",
+    "TwoTowerConfig",
+]

@@ -1,0 +1,86 @@
+"""The backbones and the item table."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from torchrec_pt.config.section import Section
+
+
+class TableConfig(Section):
+    """Where the rows of the item table live and what updates them.
+
+    `replicated` keeps the whole table on every rank under DDP; the other
+    placements shard it through TorchRec, with an optimizer fused into backward.
+    `planner` leaves it to TorchRec's planner how. `adamw` needs a replicated
+    table; the other optimizers train alike in every placement.
+    """
+
+    placement: Literal[
+        "auto",
+        "planner",
+        "replicated",
+        "table_wise",
+        "row_wise",
+        "column_wise",
+        "table_row_wise",
+        "grid",
+    ] = "auto"
+    optimizer: Literal["auto", "adamw", "sgd", "adagrad", "rowwise_adagrad"] = "auto"
+    learning_rate: float | None = Field(None, gt=0, description="default: that of the stage")
+    replicated_max_mb: float = Field(256, gt=0, description="`auto` replicates below this")
+
+
+class BackboneConfig(Section):
+    """What every backbone shares."""
+
+    dim: int = Field(64, ge=8, multiple_of=8)
+    max_length: int = Field(50, ge=2, description="newest items of a history that are read")
+    dropout: float = Field(0.2, ge=0, le=0.99)
+    similarity: Literal["inner", "cosine"] = Field(
+        "inner", description="of user and item vectors; cosine wants objectives with a temperature"
+    )
+    item_content: bool = Field(
+        True, description="the item features of the data are part of an item's vector"
+    )
+    row_dropout: float = Field(
+        0.0, ge=0, lt=1, description="items a step known by their features alone"
+    )
+    item_table: TableConfig = TableConfig()
+
+
+class TransformerConfig(BackboneConfig):
+    """Self-attention over the history: causal as SASRec, bidirectional as BERT4Rec."""
+
+    backbone: Literal["transformer"] = "transformer"
+    num_layers: int = Field(2, ge=1)
+    num_heads: int = Field(2, ge=1)
+    ffn_dim: int | None = Field(None, ge=1, description="default: 4 × dim")
+    attention: Literal["causal", "bidirectional"] = "bidirectional"
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TransformerConfig:
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads})")
+        return self
+
+    @property
+    def history_length(self) -> int:
+        """Items of a history that a user's vector reads; a bidirectional model appends [MASK]."""
+        return self.max_length if self.attention == "causal" else self.max_length - 1
+
+
+class TwoTowerConfig(BackboneConfig):
+    """A tower for users (pooled history, features) and one for items (row, features)."""
+
+    backbone: Literal["two_tower"]
+    hidden_dims: tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...] = (128,)
+
+    @property
+    def history_length(self) -> int:
+        return self.max_length
+
+
+ModelConfig = TransformerConfig | TwoTowerConfig

@@ -1,0 +1,58 @@
+"""A whole run: one TOML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from torchrec_pt.config.data import DataConfig
+from torchrec_pt.config.model import ModelConfig, TransformerConfig
+from torchrec_pt.config.section import Section
+from torchrec_pt.config.tasks import FinetuneConfig
+from torchrec_pt.config.training import PretrainConfig
+
+
+class EvaluateConfig(Section):
+    ks: tuple[Annotated[int, Field(ge=1)], ...] = Field((5, 10, 20), min_length=1)
+    batch_size: int = Field(256, ge=1)
+    baselines: tuple[Literal["popularity", "item_knn", "biases"], ...] = Field(
+        (), description="popularity and item_knn rank; biases predict clicks and ratings"
+    )
+
+
+class ExportConfig(Section):
+    what: tuple[Literal["items", "users"], ...] = ("items", "users")
+    formats: tuple[Literal["parquet", "npy"], ...] = Field(("parquet",), min_length=1)
+
+
+class ShowConfig(Section):
+    """What `run` prints at its end: recommendations for one user."""
+
+    user: str | int | None = Field(None, description="external id; default: the first user")
+    k: int = Field(5, ge=1)
+    title: str | None = Field(None, description="item feature shown beside the id")
+
+
+class RunConfig(Section):
+    """One TOML file."""
+
+    run_dir: Path
+    seed: int = Field(0, ge=0, lt=2**32)
+    data: DataConfig
+    model: ModelConfig = Field(TransformerConfig(), discriminator="backbone")
+    pretrain: PretrainConfig | None = None
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+    show: ShowConfig = ShowConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _is_a_transformer_unless_said(cls, value: Any) -> Any:
+        return {"backbone": "transformer", **value} if isinstance(value, dict) else value
+
+    @property
+    def prepared_dir(self) -> Path:
+        return self.data.prepared or self.run_dir / "prepared"
