@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from tests.conftest import tiny_config
+from tests.conftest import FEATURES, tiny_config
 from torchrec_pt import Recommender, cli, export_embeddings, pipeline
 from torchrec_pt.build import Built, build_learner
 from torchrec_pt.checkpoint import Checkpoint
@@ -26,6 +26,7 @@ from torchrec_pt.distributed import join_ranks
 from torchrec_pt.runs import load_result, load_run_config, served_stage
 from torchrec_pt.transfer import Numbering, TransferReport, load_pretrained
 
+WHAT = ("items", "users")
 PAIRS = {"epochs": 2, "batch_size": 10, "warmup_steps": 0, "control": "scratch"}
 
 
@@ -379,3 +380,45 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_an_autoencoder_serves_every_task_and_ranks_by_inner_product(
+    cycle_folder: Path, tmp_path: Path
+) -> None:
+    """Its table has 24 columns, its vectors 16, with an item's bias and a user's 1 at the end."""
+    steps = {"epochs": 2, "batch_size": 10, "warmup_steps": 0}
+    config = tiny_config(
+        cycle_folder,
+        FEATURES,
+        model={"backbone": "autoencoder", "dim": 16, "hidden_dims": [8], "row_dropout": 0.1},
+        pretrain={
+            **steps,
+            "epochs": 40,
+            "learning_rate": 0.02,
+            "validate_every": 10,
+            "objectives": [
+                {"name": "autoencoder"},
+                {"name": "contrastive", "pairs": "user_item", "weight": 0.1},
+            ],
+        },
+        finetune={"ranking": steps, "ctr": {**steps, "positive_rating": 3}, "rating": steps},
+        evaluate={"ks": [10], "baselines": ["popularity"]},
+    ).model_copy(update={"run_dir": tmp_path})
+    pipeline.run(config)
+    written = json.loads((tmp_path / "evaluate/result.json").read_text())
+    assert list(written) == ["ranking", "ctr", "rating"]
+    metrics = written["ranking"]["metrics"]
+    assert metrics["pretrained"]["ndcg@10"] > 1.5 * metrics["popularity"]["ndcg@10"]
+    items, users = (pl.read_parquet(tmp_path / f"export/{what}.parquet") for what in WHAT)
+    item_vectors, user_vectors = (
+        torch.tensor(table["embedding"].to_list()) for table in (items, users)
+    )
+    assert item_vectors.shape == (30, 16)
+    assert (user_vectors[:, -1] == 1).all()
+    offered = Recommender.load(tmp_path).recommend(users["id"][4], k=7, exclude_seen=False)
+    scores = dict(zip(items["id"], (item_vectors @ user_vectors[4]).tolist(), strict=True))
+    assert [one.score for one in offered] == pytest.approx(
+        sorted(scores.values(), reverse=True)[:7], rel=1e-4
+    )
+    for one in offered:
+        assert one.score == pytest.approx(scores[one.item], rel=1e-4)

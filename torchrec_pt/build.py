@@ -16,10 +16,12 @@ from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.entity_features import load_entity_features, no_features
 from torchrec_pt.distributed import Ranks
 from torchrec_pt.learner import Learner
+from torchrec_pt.models.autoencoder import Autoencoder
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.item_content import ItemContent
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.models.two_tower import TwoTower
+from torchrec_pt.objectives.autoencoder import AutoencoderObjective
 from torchrec_pt.objectives.contrastive import ContrastiveObjective
 from torchrec_pt.objectives.item_softmax import SampledSoftmax
 from torchrec_pt.objectives.masked_item import MaskedItemObjective
@@ -55,6 +57,9 @@ def build_objectives(config: RunConfig, dataset: PreparedDataset) -> list[nn.Mod
             objectives.append(
                 ContrastiveObjective(objective, config.model, dataset.item_counts, seed=config.seed)
             )
+            continue
+        if objective.name == "autoencoder":
+            objectives.append(AutoencoderObjective(objective, config.model, dataset))
             continue
         softmax = None
         if objective.negatives is not None:
@@ -110,8 +115,10 @@ def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:
     if features.num_fields:
         num_trained = int((dataset.item_counts > 0).sum())
         content = ItemContent(
-            features, model.dim, row_dropout=model.row_dropout, num_trained=num_trained
+            features, model.row_dim, row_dropout=model.row_dropout, num_trained=num_trained
         )
+    if model.backbone == "autoencoder":
+        return Autoencoder(model, dataset.num_items, content)
     return Transformer(model, dataset.num_items, content)
 
 
@@ -137,7 +144,7 @@ def _build_unfilled(
 ) -> Built:
     """The same, but for the item table, which holds nothing yet."""
     table = config.model.item_table
-    placement = settle_placement(table, dataset.num_items, config.model.dim, ranks.device.type)
+    placement = settle_placement(table, dataset.num_items, config.model.row_dim, ranks.device.type)
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.model, dataset)
     learner = Learner(backbone, objectives, placement, ranks)

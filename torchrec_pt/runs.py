@@ -102,7 +102,7 @@ def stage_fingerprint(
     parts = (
         dataset.manifest.fingerprint,
         config.model.digest(exclude=frozenset({"item_table"})),
-        settle_optimizer(table, dataset.num_items, config.model.dim),
+        settle_optimizer(table, dataset.num_items, config.model.row_dim),
         table.learning_rate or train.learning_rate,
         train.digest(exclude=_NOT_IN_FINGERPRINT),
         config.seed,

@@ -81,6 +81,15 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         )
         return config.model_dump(mode="json")
 
+    def autoencoder(model: dict[str, Any], **objective: Any) -> dict[str, Any]:
+        config = tiny_config(
+            folder,
+            FEATURES,
+            model={"backbone": "autoencoder", "dim": 16, "hidden_dims": [8], **model},
+            pretrain=pretrain({"name": "autoencoder", **objective}),
+        )
+        return config.model_dump(mode="json")
+
     both = "bidirectional"
     towers = {"backbone": "two_tower", "hidden_dims": [8]}
     row_wise = {"item_table": TABLES["row_wise", "rowwise_adagrad"]}
@@ -109,6 +118,16 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         "two_tower": tiny_config(
             folder, FEATURES, model={"dim": 16, **towers}, pretrain=pretrain(PAIRS)
         ).model_dump(mode="json"),
+    }
+    stars = {"values": "rating", "loss": "mse", "corruption": 0.2}
+    cases |= {
+        "autoencoder": autoencoder({"variational": True}, anneal_steps=6),
+        "autoencoder row_wise": autoencoder({"variational": True, **row_wise}, temperature=0.5),
+        "autoencoder mse": autoencoder({}, loss="mse", positive_weight=5.0),
+        "autoencoder mse row_wise": autoencoder(row_wise, loss="mse", positive_weight=5.0),
+        "autoencoder bce": autoencoder({}, loss="bce"),
+        "autoencoder bce column_wise": autoencoder(by_columns, loss="bce"),
+        "autoencoder ratings table_wise": autoencoder(table_wise, **stars),
     }
     for (placement, optimizer), table in TABLES.items():
         for name, (attention, sections) in _workloads(pretrain, ranking)[optimizer].items():

@@ -18,6 +18,7 @@ from torchrec_pt.config.data import (
     TemporalSplit,
 )
 from torchrec_pt.config.model import (
+    AutoencoderConfig,
     BackboneConfig,
     ModelConfig,
     TableConfig,
@@ -25,6 +26,7 @@ from torchrec_pt.config.model import (
     TwoTowerConfig,
 )
 from torchrec_pt.config.objectives import (
+    Autoencoder,
     Contrastive,
     MaskedItem,
     Negatives,
@@ -45,6 +47,8 @@ from torchrec_pt.config.tasks import (
 from torchrec_pt.config.training import PretrainConfig, TrainConfig
 
 __all__ = [
+    "Autoencoder",
+    "AutoencoderConfig",
     "BackboneConfig",
     "Columns",
     "Contrastive",

@@ -76,4 +76,41 @@ class Contrastive(Section):
         return self
 
 
-Objective = Annotated[MaskedItem | NextItem | Contrastive, Field(discriminator="name")]
+class Autoencoder(Section):
+    """The items of a history, or their ratings, from what is left of it."""
+
+    name: Literal["autoencoder"]
+    weight: float = Field(1.0, gt=0)
+    values: Literal["binary", "rating"] = Field(
+        "binary", description="took the item or not, or the rating of those taken (mse alone)"
+    )
+    loss: Literal["multinomial", "mse", "bce"] = "multinomial"
+    corruption: float = Field(0.5, ge=0, lt=1, description="part of the items that is not read")
+    temperature: float = Field(1.0, gt=0, description="multinomial")
+    positive_weight: float = Field(
+        1.0, gt=0, description="mse of binary values: weight of a taken item beside another's 1"
+    )
+    kl_weight: float | None = Field(
+        None, ge=0, description="variational: of the KL divergence at the end; default: 0.2"
+    )
+    anneal_steps: int = Field(
+        0, ge=0, description="variational: steps in which kl_weight grows from 0"
+    )
+
+    @model_validator(mode="after")
+    def _loss_reads_its_settings(self) -> Autoencoder:
+        if self.values == "rating" and self.loss != "mse":
+            raise ValueError(f'ratings have no {self.loss} loss; set loss to "mse"')
+        if self.temperature != 1 and self.loss != "multinomial":
+            raise ValueError(f"the {self.loss} loss has no temperature; leave it out")
+        if self.positive_weight != 1 and (self.loss != "mse" or self.values == "rating"):
+            raise ValueError(
+                "positive_weight is for mse of binary values; leave it out, or set loss to "
+                '"mse" and values to "binary"'
+            )
+        return self
+
+
+Objective = Annotated[
+    MaskedItem | NextItem | Contrastive | Autoencoder, Field(discriminator="name")
+]
