@@ -31,7 +31,7 @@ LAYERS = (
     {"global_negatives"},
     {"models", "sharding", "ring", "negatives"},
     {"objectives", "tasks"},
-    {"learner", "optim"},
+    {"learner", "optim", "averaging"},
     {"build", "plan", "train", "train_pipeline", "transfer", "scoring", "evaluate", "baselines"},
     {"validation", "export", "recommender", "report"},
     {"stages"},
