@@ -32,7 +32,13 @@ from torchrec_pt.config.objectives import (
     Objective,
     PredictionNegatives,
 )
-from torchrec_pt.config.run import EvaluateConfig, ExportConfig, RunConfig, ShowConfig
+from torchrec_pt.config.run import (
+    Candidates,
+    EvaluateConfig,
+    ExportConfig,
+    RunConfig,
+    ShowConfig,
+)
 from torchrec_pt.config.section import Section
 from torchrec_pt.config.tasks import (
     CtrConfig,
@@ -46,6 +52,7 @@ from torchrec_pt.config.training import PretrainConfig, TrainConfig
 
 __all__ = [
     "BackboneConfig",
+    "Candidates",
     "Columns",
     "Contrastive",
     "CtrConfig",
