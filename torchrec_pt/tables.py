@@ -18,7 +18,7 @@ SHOWN = {
     "ctr": ("auc", "logloss"),
     "rating": ("rmse", "mae"),
 }
-SHORT = {"sampled_ranking": "sampled"}  # so that all columns fit into 80
+SHORT = {"sampled_ranking": "sampled"}  # no wider than the other tasks
 TRAINED = ("pretrained", "scratch", "fine-tuned")
 
 
