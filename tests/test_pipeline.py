@@ -24,6 +24,7 @@ from torchrec_pt.config import Contrastive, RunConfig, ShowConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import join_ranks
 from torchrec_pt.runs import load_result, load_run_config, served_stage
+from torchrec_pt.tables import print_evaluation
 from torchrec_pt.transfer import Numbering, TransferReport, load_pretrained
 
 WHAT = ("items", "users")
@@ -54,7 +55,11 @@ def finished(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
             "ctr": {**PAIRS, "positive_rating": 3},
             "rating": PAIRS,
         },
-        evaluate={"ks": [1, 10], "baselines": ["popularity", "item_knn", "biases"]},
+        evaluate={
+            "ks": [1, 10],
+            "baselines": ["popularity", "item_knn", "biases"],
+            "candidates": {"num": 9},
+        },
         export={"formats": ["parquet", "npy"]},
     ).model_copy(update={"run_dir": tmp_path_factory.mktemp("finished")})
     pipeline.run(config)
@@ -76,7 +81,7 @@ def test_the_table_has_every_model_and_the_fine_tuned_one_learned_the_circle(
 
 def test_every_task_has_its_control_and_their_paired_difference(finished: RunConfig) -> None:
     written = json.loads((finished.run_dir / "evaluate/result.json").read_text())
-    assert list(written) == ["ranking", "ctr", "rating"]
+    assert list(written) == ["ranking", "sampled_ranking", "ctr", "rating"]
     for task, metric_names in (("ctr", ["auc", "logloss"]), ("rating", ["rmse", "mae"])):
         metrics, control = written[task]["metrics"], written[task]["control"]
         assert list(metrics) == ["biases", "scratch", "fine-tuned"]
@@ -86,6 +91,33 @@ def test_every_task_has_its_control_and_their_paired_difference(finished: RunCon
                 metrics["fine-tuned"][name] - metrics["scratch"][name]
             )
             assert half_width > 0
+
+
+def test_both_protocols_are_judged_of_every_model_and_shown(finished: RunConfig) -> None:
+    evaluation = pipeline.evaluate(finished)
+    over_all, sampled = evaluation["ranking"], evaluation["sampled_ranking"]
+    assert list(over_all.metrics) == list(sampled.metrics)
+    assert sampled.protocol == "each test item among 9 drawn ones that its user never took"
+    per_user = pl.read_parquet(finished.run_dir / "evaluate/sampled_ranking.parquet")
+    for model, metrics in sampled.metrics.items():
+        assert list(metrics) == ["hr@1", "ndcg@1", "hr@10", "ndcg@10", "mrr"]
+        assert metrics["hr@10"] == 1  # a list has ten items
+        assert metrics["mrr"] > over_all.metrics[model]["mrr"]
+        assert per_user[f"{model} mrr"].mean() == pytest.approx(metrics["mrr"])
+    difference, half_width = sampled.control["mrr"]
+    gap = sampled.metrics["fine-tuned"]["mrr"] - sampled.metrics["scratch"]["mrr"]
+    assert difference == pytest.approx(gap)
+    assert half_width > 0
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_evaluation(evaluation, console)
+    screen = " ".join(console.export_text().split())
+    page = (finished.run_dir / "report.html").read_text()
+    for each in (over_all, sampled):
+        assert each.protocol in screen
+        assert each.protocol in page
+    assert "sampled NDCG@10" in screen
+    assert "<h3>sampled_ranking</h3>" in page
 
 
 def test_predictions_are_kept_beside_the_labels_of_the_input_file(

@@ -34,7 +34,13 @@ from torchrec_pt.config.objectives import (
     Objective,
     PredictionNegatives,
 )
-from torchrec_pt.config.run import EvaluateConfig, ExportConfig, RunConfig, ShowConfig
+from torchrec_pt.config.run import (
+    Candidates,
+    EvaluateConfig,
+    ExportConfig,
+    RunConfig,
+    ShowConfig,
+)
 from torchrec_pt.config.section import Section
 from torchrec_pt.config.tasks import (
     CtrConfig,
@@ -50,6 +56,7 @@ __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
     "BackboneConfig",
+    "Candidates",
     "Columns",
     "Contrastive",
     "CtrConfig",
