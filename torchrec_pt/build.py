@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
 from torchrec_pt.checkpoint import Checkpoint
-from torchrec_pt.config import ModelConfig, RunConfig, TrainConfig
+from torchrec_pt.config import MaskedItem, ModelConfig, NextItem, RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.entity_features import load_entity_features, no_features
 from torchrec_pt.distributed import Ranks
@@ -21,7 +22,8 @@ from torchrec_pt.models.item_content import ItemContent
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.models.two_tower import TwoTower
 from torchrec_pt.objectives.contrastive import ContrastiveObjective
-from torchrec_pt.objectives.item_softmax import SampledSoftmax
+from torchrec_pt.objectives.item_bce import SampledBce
+from torchrec_pt.objectives.item_softmax import CatalogueSoftmax, ItemLoss, SampledSoftmax
 from torchrec_pt.objectives.masked_item import MaskedItemObjective
 from torchrec_pt.objectives.next_item import NextItemObjective
 from torchrec_pt.placement import Placement, settle_placement
@@ -56,20 +58,30 @@ def build_objectives(config: RunConfig, dataset: PreparedDataset) -> list[nn.Mod
                 ContrastiveObjective(objective, config.model, dataset.item_counts, seed=config.seed)
             )
             continue
-        softmax = None
-        if objective.negatives is not None:
-            softmax = SampledSoftmax(
-                objective.negatives,
-                dataset.item_counts,
-                seed=config.seed,
-                name=objective.name,
-                max_length=config.model.max_length,
-            )
+        loss = _build_item_loss(objective, config, dataset)
         if objective.name == "masked_item":
-            objectives.append(MaskedItemObjective(objective, config.model, softmax))
+            objectives.append(MaskedItemObjective(objective, config.model, loss))
         else:
-            objectives.append(NextItemObjective(objective, config.model, softmax))
+            objectives.append(NextItemObjective(objective, config.model, loss))
     return objectives
+
+
+def _build_item_loss(
+    objective: MaskedItem | NextItem, config: RunConfig, dataset: PreparedDataset
+) -> ItemLoss:
+    if objective.negatives is None:
+        return CatalogueSoftmax()
+    build: Callable[..., ItemLoss] = SampledSoftmax
+    if objective.loss != "softmax":
+        calibration = objective.calibration if objective.loss == "gbce" else 0.0
+        build = functools.partial(SampledBce, calibration=calibration)
+    return build(
+        objective.negatives,
+        dataset.item_counts,
+        seed=config.seed,
+        name=objective.name,
+        max_length=config.model.max_length,
+    )
 
 
 def build_task(config: RunConfig, name: str, dataset: PreparedDataset) -> RankingTask | PairTask:
