@@ -1,4 +1,4 @@
-"""From a configuration and a dataset to modules: objectives, tasks, a backbone, a learner."""
+"""From a configuration and a dataset to modules: a task, a backbone, a learner."""
 
 from __future__ import annotations
 
@@ -21,11 +21,6 @@ from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.item_content import ItemContent
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.models.two_tower import TwoTower
-from torchrec_pt.objectives.autoencoder import AutoencoderObjective
-from torchrec_pt.objectives.contrastive import ContrastiveObjective
-from torchrec_pt.objectives.item_softmax import SampledSoftmax
-from torchrec_pt.objectives.masked_item import MaskedItemObjective
-from torchrec_pt.objectives.next_item import NextItemObjective
 from torchrec_pt.placement import Placement, settle_placement
 from torchrec_pt.sharding import fill_item_table, shard
 from torchrec_pt.tasks.ctr import CtrTask
@@ -41,40 +36,6 @@ class Built:
     learner: Learner
     model: DistributedModelParallel
     placement: Placement
-
-
-def build_objectives(config: RunConfig, dataset: PreparedDataset) -> list[nn.Module]:
-    """The configured pretraining objectives.
-
-    Raises:
-        ValueError: none configured, or one that the backbone cannot serve.
-    """
-    if config.pretrain is None:
-        raise ValueError("pretrain: the configuration has no [pretrain] section; add one")
-    objectives: list[nn.Module] = []
-    for objective in config.pretrain.objectives:
-        if objective.name == "contrastive":
-            objectives.append(
-                ContrastiveObjective(objective, config.model, dataset.item_counts, seed=config.seed)
-            )
-            continue
-        if objective.name == "autoencoder":
-            objectives.append(AutoencoderObjective(objective, config.model, dataset))
-            continue
-        softmax = None
-        if objective.negatives is not None:
-            softmax = SampledSoftmax(
-                objective.negatives,
-                dataset.item_counts,
-                seed=config.seed,
-                name=objective.name,
-                max_length=config.model.max_length,
-            )
-        if objective.name == "masked_item":
-            objectives.append(MaskedItemObjective(objective, config.model, softmax))
-        else:
-            objectives.append(NextItemObjective(objective, config.model, softmax))
-    return objectives
 
 
 def build_task(config: RunConfig, name: str, dataset: PreparedDataset) -> RankingTask | PairTask:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 from rich.console import Console
 
-from torchrec_pt.build import build_objectives, build_task
+from torchrec_pt.build import build_task
 from torchrec_pt.candidates import read_candidates
 from torchrec_pt.config import EvaluateConfig, RunConfig, ShowConfig
 from torchrec_pt.data.dataset import PreparedDataset
@@ -26,6 +26,7 @@ from torchrec_pt.evaluate import held_out
 from torchrec_pt.evaluation import TaskEvaluation, evaluate_pairs, evaluate_ranking
 from torchrec_pt.export import export_embeddings
 from torchrec_pt.files import whole_file, write_json
+from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.recommender import Recommendation, Recommender, find_user
 from torchrec_pt.runs import StageResult, finished_stages
 from torchrec_pt.stages import Stage, entered, train_stage

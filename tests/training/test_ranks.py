@@ -26,6 +26,9 @@ RING = {"negatives_across_ranks": "ring"}
 MIXED = {**PAIRS, "negatives": {"num": 11, "distribution": "log_uniform"}}
 OWN = {"negatives": {"num": 7}}
 SHARED = {"negatives": {"num": 13, "shared": True}}
+UNIFORM = {"num": 13, "distribution": "uniform"}
+BCE = {"loss": "bce", "negatives": {**UNIFORM, "shared": True}}
+GBCE = {"loss": "gbce", "negatives": UNIFORM}
 # 37 users in batches of 10: the last batch is 7, which two ranks do not divide.
 STEPS = {"batch_size": 10, "learning_rate": 0.01, "warmup_steps": 2}
 FIRST = {"sgd": "masked + views", "adagrad": "shared", "rowwise_adagrad": "softmax"}
@@ -103,6 +106,8 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         "next": case("causal", replicated, pretrain=pretrain(NEXT)),
         "next, sampled": case("causal", replicated, pretrain=pretrain({**NEXT, **OWN})),
         "masked, shared": case(both, replicated, pretrain=pretrain({**MASKED, **SHARED})),
+        "next, gbce": case("causal", replicated, pretrain=pretrain({**NEXT, **GBCE})),
+        "masked, bce": case(both, row_wise["item_table"], pretrain=pretrain({**MASKED, **BCE})),
         "hidden rows": hiding("causal", replicated, {**NEXT, "temperature": 0.1}, PAIRS),
         "hidden rows row_wise": hiding(
             both, row_wise["item_table"], {**MASKED, "temperature": 0.1}

@@ -23,23 +23,49 @@ class PredictionNegatives(Negatives):
     shared: bool = False
 
 
-class MaskedItem(Section):
-    """Softmax over the catalogue, or over sampled items where `negatives` is given."""
+class ItemPrediction(Section):
+    """Softmax over the catalogue, or over sampled items where `negatives` is given; or bce."""
 
+    weight: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    negatives: PredictionNegatives | None = None
+    loss: Literal["softmax", "bce", "gbce"] = Field(
+        "softmax", description="bce: each item by itself (SASRec); gbce: calibrated (gSASRec)"
+    )
+    calibration: float = Field(
+        0.75, ge=0, le=1, description="gbce: t, from that of bce (0) to that of no sampling (1)"
+    )
+
+    @model_validator(mode="after")
+    def _bce_is_told_its_negatives(self) -> ItemPrediction:
+        if self.loss != "gbce" and self.calibration != 0.75:
+            raise ValueError(
+                f'calibration is that of gbce, and loss is "{self.loss}"; set loss to "gbce", or '
+                "leave calibration out"
+            )
+        if self.loss == "softmax":
+            return self
+        if self.negatives is None:
+            raise ValueError(
+                f"{self.loss} sets the right item against sampled ones, and negatives is not "
+                'given; add negatives, such as { num = 256, distribution = "uniform" }'
+            )
+        if "distribution" not in self.negatives.model_fields_set:
+            raise ValueError(
+                f"{self.loss} takes negatives uncorrected, so that their distribution makes the "
+                'model; say negatives.distribution: "uniform" (as SASRec and gSASRec do), '
+                '"log_uniform" or "unigram"'
+            )
+        return self
+
+
+class MaskedItem(ItemPrediction):
     name: Literal["masked_item"]
-    weight: float = Field(1.0, gt=0)
     mask_fraction: float = Field(0.2, gt=0, lt=1)
-    temperature: float = Field(1.0, gt=0)
-    negatives: PredictionNegatives | None = None
 
 
-class NextItem(Section):
-    """Softmax over the catalogue, or over sampled items where `negatives` is given."""
-
+class NextItem(ItemPrediction):
     name: Literal["next_item"]
-    weight: float = Field(1.0, gt=0)
-    temperature: float = Field(1.0, gt=0)
-    negatives: PredictionNegatives | None = None
 
 
 class Contrastive(Section):
