@@ -21,9 +21,11 @@ from torchrec_pt.models.item_content import ItemContent
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.models.two_tower import TwoTower
 from torchrec_pt.objectives.contrastive import ContrastiveObjective
+from torchrec_pt.objectives.denoising import DenoisingObjective
 from torchrec_pt.objectives.item_softmax import SampledSoftmax
 from torchrec_pt.objectives.masked_item import MaskedItemObjective
 from torchrec_pt.objectives.next_item import NextItemObjective
+from torchrec_pt.objectives.next_segment import NextSegmentObjective
 from torchrec_pt.placement import Placement, settle_placement
 from torchrec_pt.sharding import fill_item_table, shard
 from torchrec_pt.tasks.ctr import CtrTask
@@ -42,19 +44,23 @@ class Built:
 
 
 def build_objectives(config: RunConfig, dataset: PreparedDataset) -> list[nn.Module]:
-    """The configured pretraining objectives.
+    """The configured pretraining objectives, their parameters' values from the run's seed.
 
     Raises:
         ValueError: none configured, or one that the backbone cannot serve.
     """
     if config.pretrain is None:
         raise ValueError("pretrain: the configuration has no [pretrain] section; add one")
+    torch.manual_seed(config.seed)
     objectives: list[nn.Module] = []
     for objective in config.pretrain.objectives:
         if objective.name == "contrastive":
             objectives.append(
                 ContrastiveObjective(objective, config.model, dataset.item_counts, seed=config.seed)
             )
+            continue
+        if objective.name == "next_segment":
+            objectives.append(NextSegmentObjective(objective, config.model))
             continue
         softmax = None
         if objective.negatives is not None:
@@ -67,6 +73,9 @@ def build_objectives(config: RunConfig, dataset: PreparedDataset) -> list[nn.Mod
             )
         if objective.name == "masked_item":
             objectives.append(MaskedItemObjective(objective, config.model, softmax))
+        elif objective.name == "denoising":
+            num_trained = int((dataset.item_counts > 0).sum())
+            objectives.append(DenoisingObjective(objective, config.model, num_trained, softmax))
         else:
             objectives.append(NextItemObjective(objective, config.model, softmax))
     return objectives

@@ -26,9 +26,11 @@ from torchrec_pt.config.model import (
 )
 from torchrec_pt.config.objectives import (
     Contrastive,
+    Denoising,
     MaskedItem,
     Negatives,
     NextItem,
+    NextSegment,
     Objective,
     PredictionNegatives,
 )
@@ -50,6 +52,7 @@ __all__ = [
     "Contrastive",
     "CtrConfig",
     "DataConfig",
+    "Denoising",
     "EvaluateConfig",
     "ExportConfig",
     "Feature",
@@ -61,6 +64,7 @@ __all__ = [
     "ModelConfig",
     "Negatives",
     "NextItem",
+    "NextSegment",
     "Objective",
     "PairConfig",
     "PredictionNegatives",

@@ -76,4 +76,35 @@ class Contrastive(Section):
         return self
 
 
-Objective = Annotated[MaskedItem | NextItem | Contrastive, Field(discriminator="name")]
+class NextSegment(Section):
+    """Whether the second part of a history follows the first one, or is another history's."""
+
+    name: Literal["next_segment"]
+    weight: float = Field(1.0, gt=0)
+    hidden_dim: int = Field(64, ge=1, description="of the layer that judges a pair")
+
+
+class Denoising(Section):
+    """The items of a history from a corrupted one, each row by one of the corruptions.
+
+    Softmax over the catalogue, or over sampled items where `negatives` is given.
+    """
+
+    name: Literal["denoising"]
+    weight: float = Field(1.0, gt=0)
+    corruptions: tuple[Literal["delete", "infill", "shuffle", "replace"], ...] = Field(
+        ("delete", "infill", "shuffle", "replace"), min_length=1
+    )
+    delete_fraction: float = Field(0.3, gt=0, lt=1)
+    infill_fraction: float = Field(
+        0.3, gt=0, lt=1, description="items that spans would hide if none overlapped"
+    )
+    shuffle_fraction: float = Field(0.6, gt=0, le=1)
+    replace_fraction: float = Field(0.3, gt=0, lt=1)
+    temperature: float = Field(1.0, gt=0)
+    negatives: PredictionNegatives | None = None
+
+
+Objective = Annotated[
+    MaskedItem | NextItem | Contrastive | NextSegment | Denoising, Field(discriminator="name")
+]
