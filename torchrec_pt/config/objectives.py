@@ -81,7 +81,6 @@ class NextSegment(Section):
 
     name: Literal["next_segment"]
     weight: float = Field(1.0, gt=0)
-    hidden_dim: int = Field(64, ge=1, description="of the layer that judges a pair")
 
 
 class Denoising(Section):

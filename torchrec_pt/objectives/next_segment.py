@@ -1,7 +1,7 @@
 """Next segment prediction: does B follow A? (BERT's NSP, Devlin et al. 2019, section 3.1.)
 
-A history is cut in two, and the parts are encoded apart, as S3-Rec encodes its segments (Zhou et
-al. 2020, section 4.4): what pretraining teaches is the same vector of a history that ranks.
+A history is cut in two, and the parts are encoded apart and compared by a bilinear form, as
+S3-Rec's segments (Zhou et al. 2020, section 4.4): what learns is the vector that ranks items.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _LAST = torch.iinfo(torch.int64).max  # the number of a row that is no pair
 class NextSegmentObjective(nn.Module):
     """Each row's own B and the B of another row of the global batch, by binary cross entropy.
 
-    A row's loss is the mean of the two; where no other row has a B, that of its own.
+    A row's loss is the mean of the two; where no other row has a B, that of its own. The logit is
+    LN(b) · W LN(a) / √D + c.
     """
 
     needs_catalogue = False
@@ -37,8 +38,10 @@ class NextSegmentObjective(nn.Module):
         self.name = config.name
         self.scale = config.weight
         self.max_length = model.history_length
-        self.hidden = nn.Linear(3 * model.dim, config.hidden_dim)
-        self.out = nn.Linear(config.hidden_dim, 1)
+        # W starts as the identity: with a random one, or an MLP, the histories' vectors became
+        # one (the loss stayed at log 2) before what tells them apart was found.
+        self.bilinear = nn.Parameter(torch.eye(model.dim))
+        self.bias = nn.Parameter(torch.zeros(()))
 
     def draw(self, rows: Rows) -> Draw:
         """Both parts have 1 … max_length items; a history of fewer than two has no parts."""
@@ -75,8 +78,9 @@ class NextSegmentObjective(nn.Module):
         return LossTerm((weight * loss).sum(), weight.sum())
 
     def _logits(self, before: Tensor, after: Tensor) -> Tensor:
-        x = torch.cat([before, after, before * after], dim=1)
-        return self.out(F.gelu(self.hidden(x))).squeeze(1)
+        shape = before.shape[1:]
+        expected = F.layer_norm(before, shape) @ self.bilinear.T
+        return (expected * F.layer_norm(after, shape)).sum(1) / shape[0] ** 0.5 + self.bias
 
     def _other_rows(self, after: Tensor, weight: Tensor, keys: RowKeys) -> tuple[Tensor, Tensor]:
         """(B, D) for each row the B of another one, and 0-dim whether there are others."""
