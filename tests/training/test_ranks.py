@@ -22,6 +22,8 @@ MASKED = {"name": "masked_item"}
 NEXT = {"name": "next_item"}
 VIEWS = {"name": "contrastive", "weight": 0.5, "learn_temperature": True}
 PAIRS = {"name": "contrastive", "pairs": "user_item"}
+SEGMENTS = {"name": "next_segment", "weight": 0.5}
+DENOISING = {"name": "denoising"}
 RING = {"negatives_across_ranks": "ring"}
 MIXED = {**PAIRS, "negatives": {"num": 11, "distribution": "log_uniform"}}
 OWN = {"negatives": {"num": 7}}
@@ -108,6 +110,13 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         "masked, shared": case(both, replicated, pretrain=pretrain({**MASKED, **SHARED})),
         "next, gbce": case("causal", replicated, pretrain=pretrain({**NEXT, **GBCE})),
         "masked, bce": case(both, row_wise["item_table"], pretrain=pretrain({**MASKED, **BCE})),
+        "masked + segments + denoising": case(
+            both, replicated, pretrain=pretrain(MASKED, SEGMENTS, {**DENOISING, **OWN})
+        ),
+        "next + segments row_wise": case(
+            "causal", row_wise["item_table"], pretrain=pretrain(NEXT, SEGMENTS)
+        ),
+        "denoising column_wise": case(both, by_columns["item_table"], pretrain=pretrain(DENOISING)),
         "hidden rows": hiding("causal", replicated, {**NEXT, "temperature": 0.1}, PAIRS),
         "hidden rows row_wise": hiding(
             both, row_wise["item_table"], {**MASKED, "temperature": 0.1}
@@ -122,6 +131,9 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         "rating two_tower": pairs("rating", towers),
         "two_tower": tiny_config(
             folder, FEATURES, model={"dim": 16, **towers}, pretrain=pretrain(PAIRS)
+        ).model_dump(mode="json"),
+        "two_tower, segments": tiny_config(
+            folder, FEATURES, model={"dim": 16, **towers}, pretrain=pretrain(SEGMENTS)
         ).model_dump(mode="json"),
     }
     stars = {"values": "rating", "loss": "mse", "corruption": 0.2}

@@ -28,9 +28,11 @@ from torchrec_pt.config.model import (
 from torchrec_pt.config.objectives import (
     Autoencoder,
     Contrastive,
+    Denoising,
     MaskedItem,
     Negatives,
     NextItem,
+    NextSegment,
     Objective,
     PredictionNegatives,
 )
@@ -61,6 +63,7 @@ __all__ = [
     "Contrastive",
     "CtrConfig",
     "DataConfig",
+    "Denoising",
     "EvaluateConfig",
     "ExportConfig",
     "Feature",
@@ -72,6 +75,7 @@ __all__ = [
     "ModelConfig",
     "Negatives",
     "NextItem",
+    "NextSegment",
     "Objective",
     "PairConfig",
     "PredictionNegatives",

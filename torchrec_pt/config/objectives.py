@@ -137,6 +137,29 @@ class Autoencoder(Section):
         return self
 
 
+class NextSegment(Section):
+    """Whether the second part of a history follows the first one, or is another history's."""
+
+    name: Literal["next_segment"]
+    weight: float = Field(1.0, gt=0)
+
+
+class Denoising(ItemPrediction):
+    """The items of a history from a corrupted one, each row by one of the corruptions."""
+
+    name: Literal["denoising"]
+    corruptions: tuple[Literal["delete", "infill", "shuffle", "replace"], ...] = Field(
+        ("delete", "infill", "shuffle", "replace"), min_length=1
+    )
+    delete_fraction: float = Field(0.3, gt=0, lt=1)
+    infill_fraction: float = Field(
+        0.3, gt=0, lt=1, description="items that spans would hide if none overlapped"
+    )
+    shuffle_fraction: float = Field(0.6, gt=0, le=1)
+    replace_fraction: float = Field(0.3, gt=0, lt=1)
+
+
 Objective = Annotated[
-    MaskedItem | NextItem | Contrastive | Autoencoder, Field(discriminator="name")
+    MaskedItem | NextItem | Contrastive | NextSegment | Denoising | Autoencoder,
+    Field(discriminator="name"),
 ]

@@ -45,10 +45,7 @@ class Transformer(Backbone):
 
     def reset_parameters(self) -> None:
         """Normal with deviation 0.02, biases 0 (BERT4Rec, section 3.6), from torch's generator."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        reset_linear_layers(self)
         nn.init.normal_(self.mask, std=0.02)
         nn.init.normal_(self.position, std=0.02)
 
@@ -73,7 +70,7 @@ class Transformer(Backbone):
         Raises:
             ValueError: a row longer than max_length.
         """
-        attention = _Attention(tokens.offsets, self.is_causal)
+        attention = Attention(tokens.offsets, self.is_causal)
         if attention.longest > self.max_length:
             raise ValueError(
                 f"encode_positions: rows may have {self.max_length} items, "
@@ -129,6 +126,14 @@ class Transformer(Backbone):
         return Jagged(values, offsets), masked
 
 
+def reset_linear_layers(module: nn.Module) -> None:
+    """Normal with deviation 0.02, biases 0, from torch's generator."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+
 class Block(nn.Module):
     """x + Attention(LN(x)), then x + FFN(LN(x)), on packed tokens (T, D)."""
 
@@ -142,12 +147,17 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(dim, ffn_dim)
         self.ffn_out = nn.Linear(ffn_dim, dim)
 
-    def forward(self, x: Tensor, attention: _Attention, drop: RowDropout) -> Tensor:
-        x = x + drop(self.out(attention(self.qkv(self.attention_norm(x)), self.num_heads)))
+    def forward(self, x: Tensor, attention: Attention, drop: RowDropout) -> Tensor:
+        return self.feed_forward(self.attend(x, attention, drop), drop)
+
+    def attend(self, x: Tensor, attention: Attention, drop: RowDropout) -> Tensor:
+        return x + drop(self.out(attention(self.qkv(self.attention_norm(x)), self.num_heads)))
+
+    def feed_forward(self, x: Tensor, drop: RowDropout) -> Tensor:
         return x + drop(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x)))))
 
 
-class _Attention:
+class Attention:
     """Scaled dot-product attention within the rows of a packed batch."""
 
     def __init__(self, offsets: Tensor, is_causal: bool) -> None:

@@ -8,14 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from torchrec_pt.config import MaskedItem, NextItem, Objective, RunConfig
+from torchrec_pt.config import ItemPrediction, Objective, RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.objectives.autoencoder import AutoencoderObjective
 from torchrec_pt.objectives.contrastive import ContrastiveObjective
+from torchrec_pt.objectives.denoising import DenoisingObjective
 from torchrec_pt.objectives.item_bce import SampledBce
 from torchrec_pt.objectives.item_softmax import CatalogueSoftmax, ItemLoss, SampledSoftmax
 from torchrec_pt.objectives.masked_item import MaskedItemObjective
 from torchrec_pt.objectives.next_item import NextItemObjective
+from torchrec_pt.objectives.next_segment import NextSegmentObjective
 
 
 def build_objectives(config: RunConfig, dataset: PreparedDataset) -> list[nn.Module]:
@@ -40,11 +42,16 @@ def _build_objective(
         return AutoencoderObjective(objective, model, dataset)
     if objective.name == "masked_item":
         return MaskedItemObjective(objective, model, _build_item_loss(objective, config, dataset))
+    if objective.name == "next_segment":
+        return NextSegmentObjective(objective, model)
+    if objective.name == "denoising":
+        loss = _build_item_loss(objective, config, dataset)
+        return DenoisingObjective(objective, model, int((counts > 0).sum()), loss)
     return NextItemObjective(objective, model, _build_item_loss(objective, config, dataset))
 
 
 def _build_item_loss(
-    objective: MaskedItem | NextItem, config: RunConfig, dataset: PreparedDataset
+    objective: ItemPrediction, config: RunConfig, dataset: PreparedDataset
 ) -> ItemLoss:
     if objective.negatives is None:
         return CatalogueSoftmax()
