@@ -18,7 +18,7 @@ from torchrec_pt.distributed import Ranks
 from torchrec_pt.learner import Learner
 from torchrec_pt.models.autoencoder import Autoencoder
 from torchrec_pt.models.backbone import Backbone
-from torchrec_pt.models.item_content import ItemContent
+from torchrec_pt.models.item_content import ItemContent, RowHiding
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.models.two_tower import TwoTower
 from torchrec_pt.placement import Placement, settle_placement
@@ -70,14 +70,13 @@ def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:
             "model.row_dropout: leaves items to their features, and none is used; declare item "
             "features in data.features, set item_content to true, or drop row_dropout"
         )
-    if model.backbone == "two_tower":
-        return TwoTower(model, dataset.num_items, load_entity_features(dataset, "user"), features)
-    content = None
+    hiding = None
     if features.num_fields:
-        num_trained = int((dataset.item_counts > 0).sum())
-        content = ItemContent(
-            features, model.row_dim, row_dropout=model.row_dropout, num_trained=num_trained
-        )
+        hiding = RowHiding(model.row_dropout, num_trained=int((dataset.item_counts > 0).sum()))
+    if model.backbone == "two_tower":
+        users = load_entity_features(dataset, "user")
+        return TwoTower(model, dataset.num_items, users, features, hiding)
+    content = None if hiding is None else ItemContent(features, model.row_dim, hiding)
     if model.backbone == "autoencoder":
         return Autoencoder(model, dataset.num_items, content)
     return Transformer(model, dataset.num_items, content)
