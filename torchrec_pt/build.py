@@ -23,6 +23,7 @@ from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.models.two_tower import TwoTower
 from torchrec_pt.objectives.contrastive import ContrastiveObjective
 from torchrec_pt.objectives.item_bce import SampledBce
+from torchrec_pt.objectives.item_correlation import most_correlated
 from torchrec_pt.objectives.item_softmax import CatalogueSoftmax, ItemLoss, SampledSoftmax
 from torchrec_pt.objectives.masked_item import MaskedItemObjective
 from torchrec_pt.objectives.next_item import NextItemObjective
@@ -44,7 +45,7 @@ class Built:
 
 
 def build_objectives(config: RunConfig, dataset: PreparedDataset) -> list[nn.Module]:
-    """The configured pretraining objectives.
+    """The configured pretraining objectives; all ranks call it.
 
     Raises:
         ValueError: none configured, or one that the backbone cannot serve.
@@ -54,8 +55,17 @@ def build_objectives(config: RunConfig, dataset: PreparedDataset) -> list[nn.Mod
     objectives: list[nn.Module] = []
     for objective in config.pretrain.objectives:
         if objective.name == "contrastive":
+            correlated = None
+            if objective.needs_correlation:
+                correlated = most_correlated(dataset.history("train"), dataset.item_counts)
             objectives.append(
-                ContrastiveObjective(objective, config.model, dataset.item_counts, seed=config.seed)
+                ContrastiveObjective(
+                    objective,
+                    config.model,
+                    dataset.item_counts,
+                    seed=config.seed,
+                    most_correlated=correlated,
+                )
             )
             continue
         loss = _build_item_loss(objective, config, dataset)

@@ -21,6 +21,7 @@ WORKER = Path(__file__).parent / "losses.py"
 MASKED = {"name": "masked_item"}
 NEXT = {"name": "next_item"}
 VIEWS = {"name": "contrastive", "weight": 0.5, "learn_temperature": True}
+CORRELATED = {**VIEWS, "augmentations": ["substitute", "insert"]}
 PAIRS = {"name": "contrastive", "pairs": "user_item"}
 RING = {"negatives_across_ranks": "ring"}
 MIXED = {**PAIRS, "negatives": {"num": 11, "distribution": "log_uniform"}}
@@ -92,6 +93,7 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
     replicated = {"placement": "replicated"}
     cases = {
         "masked + views": case(both, replicated, pretrain=pretrain(MASKED, VIEWS)),
+        "correlated": case(both, row_wise["item_table"], pretrain=pretrain(CORRELATED)),
         "pairs, ring": case(both, replicated, pretrain=pretrain({**PAIRS, **RING})),
         "pairs, mixed": case(both, replicated, pretrain=pretrain(MIXED)),
         "next": case("causal", replicated, pretrain=pretrain(NEXT)),
