@@ -21,6 +21,7 @@ WORKER = Path(__file__).parent / "losses.py"
 MASKED = {"name": "masked_item"}
 NEXT = {"name": "next_item"}
 VIEWS = {"name": "contrastive", "weight": 0.5, "learn_temperature": True}
+CORRELATED = {**VIEWS, "augmentations": ["substitute", "insert"]}
 PAIRS = {"name": "contrastive", "pairs": "user_item"}
 SEGMENTS = {"name": "next_segment", "weight": 0.5}
 DENOISING = {"name": "denoising"}
@@ -103,6 +104,7 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
     replicated = {"placement": "replicated"}
     cases = {
         "masked + views": case(both, replicated, pretrain=pretrain(MASKED, VIEWS)),
+        "correlated": case(both, row_wise["item_table"], pretrain=pretrain(CORRELATED)),
         "pairs, ring": case(both, replicated, pretrain=pretrain({**PAIRS, **RING})),
         "pairs, mixed": case(both, replicated, pretrain=pretrain(MIXED)),
         "next": case("causal", replicated, pretrain=pretrain(NEXT)),

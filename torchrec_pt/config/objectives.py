@@ -86,12 +86,23 @@ class Contrastive(Section):
     negatives: Negatives | None = Field(
         None, description="user_item: items drawn for all beside those of the batch"
     )
-    augmentations: tuple[Literal["crop", "mask", "reorder", "dropout"], ...] = Field(
-        ("crop", "mask", "reorder"), min_length=1
-    )
+    augmentations: tuple[
+        Literal["crop", "mask", "reorder", "dropout", "substitute", "insert"], ...
+    ] = Field(("crop", "mask", "reorder"), min_length=1)
     crop_fraction: float = Field(0.6, gt=0, le=1, description="part of the history that stays")
     mask_fraction: float = Field(0.3, gt=0, lt=1)
     reorder_fraction: float = Field(0.6, gt=0, le=1)
+    substitute_fraction: float = Field(
+        0.1, gt=0, le=1, description="of a history's items that give way to correlated ones"
+    )
+    insert_fraction: float = Field(
+        0.4, gt=0, le=1, description="of a history's items that get a correlated one before them"
+    )
+
+    @property
+    def needs_correlation(self) -> bool:
+        """Whether items are replaced or inserted, by those that go best with others."""
+        return self.pairs == "views" and not {"substitute", "insert"}.isdisjoint(self.augmentations)
 
     @model_validator(mode="after")
     def _views_have_no_items_as_negatives(self) -> Contrastive:

@@ -14,6 +14,7 @@ from torchrec_pt.objectives.autoencoder import AutoencoderObjective
 from torchrec_pt.objectives.contrastive import ContrastiveObjective
 from torchrec_pt.objectives.denoising import DenoisingObjective
 from torchrec_pt.objectives.item_bce import SampledBce
+from torchrec_pt.objectives.item_correlation import most_correlated
 from torchrec_pt.objectives.item_softmax import CatalogueSoftmax, ItemLoss, SampledSoftmax
 from torchrec_pt.objectives.masked_item import MaskedItemObjective
 from torchrec_pt.objectives.next_item import NextItemObjective
@@ -21,7 +22,7 @@ from torchrec_pt.objectives.next_segment import NextSegmentObjective
 
 
 def build_objectives(config: RunConfig, dataset: PreparedDataset) -> list[nn.Module]:
-    """The configured pretraining objectives, their parameters' values from the run's seed.
+    """The configured pretraining objectives, their parameters' values from the run's seed; all ranks call it.
 
     Raises:
         ValueError: none configured, or one that the backbone cannot serve.
@@ -37,7 +38,12 @@ def _build_objective(
 ) -> nn.Module:
     model, counts = config.model, dataset.item_counts
     if objective.name == "contrastive":
-        return ContrastiveObjective(objective, model, counts, seed=config.seed)
+        correlated = None
+        if objective.needs_correlation:
+            correlated = most_correlated(dataset.history("train"), counts)
+        return ContrastiveObjective(
+            objective, model, counts, seed=config.seed, most_correlated=correlated
+        )
     if objective.name == "autoencoder":
         return AutoencoderObjective(objective, model, dataset)
     if objective.name == "masked_item":

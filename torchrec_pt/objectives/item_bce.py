@@ -5,8 +5,8 @@ loss of a prediction is
 
     −(β log σ(s_0) + Σ_m log σ(−s_m)) / (1 + M)
 
-bce: β = 1 (Kang and McAuley 2018, SASRec, section III-E; averaged over M negatives as by Petrov
-and Macdonald 2023, section 3. With SASRec's one negative it is half of SASRec's sum).
+bce: β = 1 (Kang and McAuley 2018, SASRec, section III-E, which sums where gSASRec's code averages:
+with SASRec's one negative this is half of its loss).
 gbce: β = α (t (1 − 1/α) + 1/α), where α = M / (num_items − 1) is the part of the other items that
 is drawn (Petrov and Macdonald 2023, gSASRec, section 5). Negatives that are too few make σ(s_0) too
 large; t = 1 takes that back, t = 0 is bce.
@@ -34,12 +34,13 @@ class SampledBce(SampledItems):
     """Negatives are taken as they are drawn: no log_q corrects for how often one is expected.
 
     A negative that is the right item counts 0, and stays in M. Other items of the user may be
-    negatives, as in gSASRec.
+    negatives, as in gSASRec's code; SASRec draws none of them.
 
     Args:
         calibration: t; 0 is bce.
     Raises:
-        ValueError: calibration is asked of negatives that are not fewer than the other items.
+        ValueError: calibration is asked with more negatives than there are other items, or more
+            distinct negatives than there are items.
     """
 
     def __init__(
