@@ -18,6 +18,7 @@ from torchrec_pt.config.data import (
     TemporalSplit,
 )
 from torchrec_pt.config.model import (
+    AutoencoderConfig,
     BackboneConfig,
     ModelConfig,
     TableConfig,
@@ -25,8 +26,10 @@ from torchrec_pt.config.model import (
     TwoTowerConfig,
 )
 from torchrec_pt.config.objectives import (
+    Autoencoder,
     Contrastive,
     Denoising,
+    ItemPrediction,
     MaskedItem,
     Negatives,
     NextItem,
@@ -34,7 +37,13 @@ from torchrec_pt.config.objectives import (
     Objective,
     PredictionNegatives,
 )
-from torchrec_pt.config.run import EvaluateConfig, ExportConfig, RunConfig, ShowConfig
+from torchrec_pt.config.run import (
+    Candidates,
+    EvaluateConfig,
+    ExportConfig,
+    RunConfig,
+    ShowConfig,
+)
 from torchrec_pt.config.section import Section
 from torchrec_pt.config.tasks import (
     CtrConfig,
@@ -47,7 +56,10 @@ from torchrec_pt.config.tasks import (
 from torchrec_pt.config.training import PretrainConfig, TrainConfig
 
 __all__ = [
+    "Autoencoder",
+    "AutoencoderConfig",
     "BackboneConfig",
+    "Candidates",
     "Columns",
     "Contrastive",
     "CtrConfig",
@@ -59,6 +71,7 @@ __all__ = [
     "Filters",
     "FinetuneConfig",
     "GivenSplit",
+    "ItemPrediction",
     "LeaveOneOutSplit",
     "MaskedItem",
     "ModelConfig",

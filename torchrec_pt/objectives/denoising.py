@@ -11,7 +11,7 @@ from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.decoder import Decoder
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.corruptions import corrupt
-from torchrec_pt.objectives.item_softmax import CatalogueSoftmax, ItemSoftmax
+from torchrec_pt.objectives.item_softmax import CatalogueSoftmax, ItemLoss
 from torchrec_pt.objectives.loss_term import LossTerm, with_positions
 from torchrec_pt.objectives.windows import draw_windows
 
@@ -31,7 +31,7 @@ class DenoisingObjective(nn.Module):
         config: Denoising,
         model: ModelConfig,
         num_trained: int,
-        softmax: ItemSoftmax | None = None,
+        item_loss: ItemLoss | None = None,
     ) -> None:
         super().__init__()
         model = with_positions(config.name, model)
@@ -47,14 +47,14 @@ class DenoisingObjective(nn.Module):
         self.max_length = model.max_length
         self.num_trained = num_trained
         self.temperature = config.temperature
-        self.softmax = softmax or CatalogueSoftmax()
-        self.needs_catalogue = self.softmax.needs_catalogue
+        self.item_loss = item_loss or CatalogueSoftmax()
+        self.needs_catalogue = self.item_loss.needs_catalogue
         self.decoder = Decoder(model)
 
     def draw(self, rows: Rows) -> Draw:
         history = draw_windows(rows, self.max_length, "denoising.window")
         corrupted, is_masked = corrupt(history, self.config, rows.noise, self.num_trained)
-        drawn = self.softmax.draw(history.values, rows, history.rows, history.positions)
+        drawn = self.item_loss.draw(history.values, rows, history.rows, history.positions)
         return Draw(
             lookups={"history": history, "corrupted": corrupted, **drawn.lookups},
             tensors={"is_masked": is_masked, **drawn.tensors},
@@ -74,4 +74,4 @@ class DenoisingObjective(nn.Module):
         )
         decoded = self.decoder(drawn.vectors["history"], corrupted.with_values(encoded), keys.noise)
         query = backbone.scaled(decoded)
-        return self.softmax.loss(query, backbone, drawn, catalogue, self.temperature)
+        return self.item_loss.loss(query, backbone, drawn, catalogue, self.temperature)
