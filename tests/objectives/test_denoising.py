@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 from tests.conftest import embedded, rows_of, tiny_config
 from tests.training import losses
-from torchrec_pt.build import build_objectives
 from torchrec_pt.config import Denoising, TransformerConfig, TwoTowerConfig
 from torchrec_pt.data.batch import Embedded, Rows
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.transformer import Transformer
+from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.objectives.denoising import DenoisingObjective
 from torchrec_pt.rng import RowNoise
 
