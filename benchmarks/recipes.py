@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-FULL, SAMPLED = "ranking", "ranking_1+99"
+FULL, SAMPLED = "ranking", "sampled_ranking"
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,9 @@ def test_unknown_candidates_are_dropped_and_counted_and_repeats_count_once(
     config = Candidates(path=tmp_path / "c.parquet")
     candidates, notice = load_candidates(config, cycle, asked, ranks)
     assert candidates.lengths.tolist() == [3] * len(asked.users)
-    assert notice == f"{tmp_path}/c.parquet: 2 candidates are not in the catalogue"
+    assert notice == (
+        f"{tmp_path}/c.parquet: 2 candidates are not in the catalogue and are left out"
+    )
 
 
 def test_ids_may_be_integers_or_the_strings_that_name_them(

@@ -1,7 +1,7 @@
 """What each test item is ranked against in the sampled protocol: items drawn, or items given.
 
-Sampled metrics order models otherwise than those over the full catalogue do (Krichene and Rendle
-2020); they are for comparison with papers that report them.
+Sampled metrics may order models otherwise than those over the full catalogue do (Krichene and
+Rendle 2020); they are for comparison with papers that report them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def load_candidates(
     if not num_amiss:
         return candidates, None
     if config.path is not None:
-        return candidates, f"{config.path}: {num_amiss:,} candidates are not in the catalogue"
+        return candidates, (
+            f"{config.path}: {num_amiss:,} candidates are not in the catalogue and are left out"
+        )
     return candidates, (
         f"{num_amiss:,} users have fewer than {config.num} items that they never took: "
         "each of their test items is ranked among all of these"
@@ -86,11 +88,11 @@ def draw_candidates(
 def _draw_distinct(
     rows: Tensor, exclude: Jagged, num_wanted: Tensor, num_items: int, seed: int, step: int
 ) -> Jagged:
-    """Of each row the first distinct draws (no more than it can be given), in their order.
+    """Of each row its first `num_wanted` distinct draws, in their order.
 
     Args:
         rows: (R,) int64 as in `NegativeSampler.sample`.
-        num_wanted: (R,) int64.
+        num_wanted: (R,) int64, no more than the row's items that are not excluded.
     """
     seed = rng.key(seed, "candidates") % 2**32
     left = torch.nonzero(num_wanted > 0).squeeze(1)

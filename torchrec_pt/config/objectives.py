@@ -26,6 +26,7 @@ class PredictionNegatives(Negatives):
 class ItemPrediction(Section):
     """Softmax over the catalogue, or over sampled items where `negatives` is given; or bce."""
 
+    name: str
     weight: float = Field(1.0, gt=0)
     temperature: float = Field(1.0, gt=0)
     negatives: PredictionNegatives | None = None
