@@ -180,8 +180,9 @@ def test_a_batch_without_pairs_has_a_loss_of_zero_and_a_finite_gradient() -> Non
         {"attention": "causal"},
         {"attention": "bidirectional", "similarity": "cosine"},
         {"backbone": "two_tower", "hidden_dims": (12,)},
+        {"backbone": "autoencoder"},
     ],
-    ids=["causal", "bidirectional", "two_tower"],
+    ids=["causal", "bidirectional", "two_tower", "autoencoder"],
 )
 def test_it_lowers_its_own_loss_on_every_backbone(
     cycle_with_features: PreparedDataset,

@@ -134,8 +134,8 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         "two_tower": tiny_config(
             folder, FEATURES, model={"dim": 16, **towers}, pretrain=pretrain(PAIRS)
         ).model_dump(mode="json"),
-        "two_tower, segments": tiny_config(
-            folder, FEATURES, model={"dim": 16, **towers}, pretrain=pretrain(SEGMENTS)
+        "two_tower, pairs + segments": tiny_config(
+            folder, FEATURES, model={"dim": 16, **towers}, pretrain=pretrain(PAIRS, SEGMENTS)
         ).model_dump(mode="json"),
     }
     stars = {"values": "rating", "loss": "mse", "corruption": 0.2}
