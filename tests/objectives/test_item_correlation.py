@@ -116,7 +116,7 @@ def test_held_out_items_do_not_reach_it(cycle: PreparedDataset) -> None:
 def test_it_is_counted_only_for_what_needs_it(
     cycle: PreparedDataset, monkeypatch: pytest.MonkeyPatch, views: dict[str, object]
 ) -> None:
-    monkeypatch.setattr("torchrec_pt.build.most_correlated", None)  # not to be called
+    monkeypatch.setattr("torchrec_pt.objectives.build.most_correlated", None)  # not to be called
     config = tiny_config(cycle.path, pretrain={"objectives": [{"name": "contrastive", **views}]})
     (objective,) = build_objectives(config, cycle)
     assert isinstance(objective, ContrastiveObjective)

@@ -22,7 +22,9 @@ from torchrec_pt.objectives.next_segment import NextSegmentObjective
 
 
 def build_objectives(config: RunConfig, dataset: PreparedDataset) -> list[nn.Module]:
-    """The configured pretraining objectives, their parameters' values from the run's seed; all ranks call it.
+    """The configured pretraining objectives; all ranks call it.
+
+    Their parameters have values from the run's seed.
 
     Raises:
         ValueError: none configured, or one that the backbone cannot serve.
