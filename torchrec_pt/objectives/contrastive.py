@@ -103,6 +103,7 @@ class ContrastiveObjective(nn.Module):
         lot = noise.per_token("contrastive.reorder", row, position).double()
         place = torch.where(is_shuffled, begin[row] + lot * length[row], position.double())
         order = torch.argsort(row * (float(self.max_length) + 1) + place, stable=True)
+        # Times stay with their places: the items in this order, at the times of the history.
         return history.with_values(history.values[order]), is_masked
 
     def _draw_pairs(self, rows: Rows) -> Draw:

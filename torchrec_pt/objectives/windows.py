@@ -11,7 +11,8 @@ from torchrec_pt.data.jagged import Jagged
 def draw_windows(rows: Rows, max_length: int, site: str) -> Jagged:
     """A stretch of at most `max_length` items of each history, where it starts drawn by the step.
 
-    Over the epochs all of a long history is trained on, not its end alone.
+    Over the epochs all of a long history is trained on, not its end alone. The items keep their
+    times.
     """
     lengths = rows.histories.lengths
     spare = (lengths - max_length).clamp(min=0)
