@@ -94,7 +94,8 @@ def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:
     """The configured backbone, initial values from torch's generator; the item table is empty.
 
     Raises:
-        ValueError: row_dropout, and nothing but their rows is known of the items.
+        ValueError: row_dropout, and nothing but their rows is known of the items; or positions by
+            time, and the data has none.
     """
     features = no_features("item", dataset.num_items)
     if model.item_content:
@@ -106,6 +107,11 @@ def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:
         )
     if model.backbone == "two_tower":
         return TwoTower(model, dataset.num_items, load_entity_features(dataset, "user"), features)
+    if model.positions == "relative_time" and dataset.timestamp is None:
+        raise ValueError(
+            'model.positions: "relative_time" needs times, data.columns.timestamp is not set; '
+            'set it, or use "rotary"'
+        )
     content = None
     if features.num_fields:
         num_trained = int((dataset.item_counts > 0).sum())
