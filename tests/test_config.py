@@ -88,6 +88,26 @@ def _line(path: Path, *overrides: str) -> str:
             OBJECTIVE + OBJECTIVE,
             'pretrain: objective "masked_item" is given twice; merge the two',
         ),
+        (
+            "[evaluate]\ncandidates = { nun = 99 }",
+            'evaluate.candidates.nun: unknown key; did you mean "num"?',
+        ),
+        (
+            "[evaluate]\ncandidates = { num = 0 }",
+            "evaluate.candidates.num: input should be greater than or equal to 1, given 0",
+        ),
+        (
+            "[evaluate]\ncandidates = {}",
+            "evaluate.candidates: needs num, to draw candidates, or path, to read them; give one",
+        ),
+        (
+            '[evaluate]\ncandidates = { num = 9, path = "c.parquet" }',
+            "evaluate.candidates: needs num, to draw candidates, or path, to read them; give one",
+        ),
+        (
+            '[evaluate]\ncandidates = { seed = 1, path = "c.parquet" }',
+            "evaluate.candidates: seed is of drawn candidates; leave it out beside path",
+        ),
         ("[finetune.ranking]\nlos = 1", 'finetune.ranking.los: unknown key; did you mean "loss"?'),
     ],
 )

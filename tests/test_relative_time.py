@@ -14,7 +14,7 @@ import torch
 from tests.conftest import rows_of, tiny_config
 from tests.training.resume import pretrain
 from torchrec_pt import Recommender, export_embeddings, pipeline
-from torchrec_pt.build import build_backbone, build_learner, build_objectives, build_task
+from torchrec_pt.build import build_backbone, build_learner, build_task
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.batch import Rows
 from torchrec_pt.data.dataset import PreparedDataset
@@ -22,6 +22,7 @@ from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.models.backbone import Backbone
+from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.recommender import load_served
 from torchrec_pt.scoring import ModelScorer
 from torchrec_pt.tasks.pairs import PairTask, held_out_pairs
@@ -49,6 +50,12 @@ def _timed(rows: Rows) -> Rows:
         ({"name": "next_item"}, "causal", "history"),
         ({"name": "contrastive", "pairs": "user_item"}, "causal", "history"),
         ({"name": "contrastive", "augmentations": ["crop", "mask"]}, "bidirectional", "views"),
+        ({"name": "next_segment"}, "causal", "segments"),
+        (
+            {"name": "denoising", "corruptions": ["delete", "infill"]},
+            "bidirectional",
+            "corrupted",
+        ),
     ],
 )
 def test_what_pretraining_draws_keeps_its_times(

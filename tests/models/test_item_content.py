@@ -14,7 +14,7 @@ from torchrec_pt.build import build_backbone
 from torchrec_pt.config import ModelConfig, RunConfig, TransformerConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.entity_features import load_entity_features
-from torchrec_pt.models.item_content import ItemContent
+from torchrec_pt.models.item_content import ItemContent, RowHiding
 from torchrec_pt.rng import RowNoise
 
 DIM = 8
@@ -22,7 +22,7 @@ DIM = 8
 
 def _content(dataset: PreparedDataset, num_trained: int, row_dropout: float = 0.0) -> ItemContent:
     features = load_entity_features(dataset, "item")
-    return ItemContent(features, DIM, row_dropout=row_dropout, num_trained=num_trained)
+    return ItemContent(features, DIM, RowHiding(row_dropout, num_trained))
 
 
 def test_an_item_is_its_row_and_all_its_fields(cycle_with_features: PreparedDataset) -> None:

@@ -33,6 +33,20 @@ class Feature(Section):
     pooling: Literal["mean", "sum"] = Field(
         "mean", description="categorical: how the vectors of a cell's categories become one"
     )
+    encoder: str | None = Field(
+        None,
+        description="text: a sentence-transformers model (its folder, or its name in the local "
+        "cache) whose vectors models read; without one a text is shown, not read",
+    )
+
+    @model_validator(mode="after")
+    def _encoder_has_text(self) -> Feature:
+        if self.encoder is not None and (self.kind != "text" or self.of == "interaction"):
+            raise ValueError(
+                f"an encoder is for the texts of users and items, {self.column} is {self.kind} of "
+                f"{self.of}; drop the encoder"
+            )
+        return self
 
 
 class Filters(Section):
@@ -99,5 +113,10 @@ class DataConfig(Section):
     prepared: Path | None = Field(None, description="default: <run_dir>/prepared")
     columns: Columns = Columns()
     features: tuple[Feature, ...] = ()
+    keep_unseen_items: bool = Field(
+        False,
+        description="items of the item file that no kept interaction has: true makes them part of "
+        "the catalogue, known by their features alone",
+    )
     filters: Filters = Filters()
     split: Split = LeaveOneOutSplit()

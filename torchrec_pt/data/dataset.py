@@ -17,9 +17,10 @@ from torch import Tensor
 
 from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.jagged import Jagged
-from torchrec_pt.data.manifest import Manifest, load_manifest
+from torchrec_pt.data.manifest import FeatureSummary, Manifest, load_manifest
 from torchrec_pt.data.parts import read_row_groups
 from torchrec_pt.data.splits import SPLIT_CODES
+from torchrec_pt.data.text_vectors import COLUMN
 from torchrec_pt.distributed import Ranks
 
 
@@ -107,6 +108,21 @@ class PreparedDataset:
         """Row = dense item id: `external_id`, `count`, features. Read when first asked for."""
         with _undamaged(self.path):
             return pl.read_parquet(self.path / "items.parquet", glob=False)
+
+    def text_vectors(self, summary: FeatureSummary) -> Tensor:
+        """(rows of `users` or `items`, dim) float32 of a text that prepare encoded, as they are.
+
+        Raises:
+            DataError: a file that cannot be read.
+        """
+        assert summary.vectors_file is not None
+        file = self.path / summary.vectors_file
+        with _undamaged(self.path):
+            if summary.feature.of == "user":
+                rows = read_row_groups(file, self.part_of_user.unique().tolist())
+            else:
+                rows = pl.read_parquet(file, glob=False)
+        return torch.from_numpy(rows[COLUMN].to_numpy(writable=True))
 
     @cached_property
     def vocabulary(self) -> pl.DataFrame:

@@ -26,8 +26,10 @@ class EntityFeatures:
         num_values: column -> size of its vocabulary, the unknown value included.
         pooling: column -> "mean" or "sum", how the values of a cell become one vector.
         dense: column -> (N, width) float32: a number in standard deviations from the training
-            mean, or a vector; zeros where the cell is empty.
-        skipped: columns that no model reads yet: texts, and vectors nobody has.
+            mean; or a vector, given or encoded from text, divided by the root mean square of
+            the norms in training, so that a layer of weights of deviation 0.02 makes of it what
+            a row of a table starts as. Zeros where the cell is empty.
+        skipped: columns that no model reads: texts without an encoder, vectors nobody has.
     """
 
     of: Of
@@ -76,8 +78,14 @@ def load_entity_features(dataset: PreparedDataset, of: Of) -> EntityFeatures:
             pooling[name] = feature.pooling
         elif feature.kind == "numeric":
             dense[name] = _standardized(table[name], summary)
-        elif feature.kind == "vector" and summary.dim is not None:
-            dense[name] = _vectors(table[name], summary.dim)
+        elif summary.dim is not None:  # of a vector, or of an encoded text
+            assert summary.scale is not None
+            vectors = (
+                _vectors(table[name], summary.dim)
+                if feature.kind == "vector"
+                else dataset.text_vectors(summary)
+            )
+            dense[name] = vectors.div_(summary.scale)
         else:
             skipped.append(name)
     return EntityFeatures(of, num_rows, categorical, num_values, pooling, dense, tuple(skipped))

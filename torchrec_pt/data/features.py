@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import polars as pl
@@ -121,7 +122,14 @@ def _summarize(
         return FeatureSummary(feature=feature, mean=mean, std=std)
     if feature.kind == "vector":
         vectors = table[feature.column].drop_nulls()
-        return FeatureSummary(feature=feature, dim=len(vectors[0]) if len(vectors) else None)
+        dim = len(vectors[0]) if len(vectors) else None
+        return FeatureSummary(feature=feature, dim=dim, scale=_scale(seen))
     if vocabulary is not None:
         return FeatureSummary(feature=feature, num_values=vocabulary.height + 1)
     return FeatureSummary(feature=feature)
+
+
+def _scale(vectors: pl.Series) -> float:
+    """Root mean square of their norms; 1 where that is none or 0."""
+    squares = vectors.explode().cast(pl.Float64).pow(2).sum()
+    return math.sqrt(squares / len(vectors)) if squares else 1.0

@@ -12,7 +12,7 @@ from torchrec_pt.config import Columns, Feature, Filters, Section, Split
 from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.splits import fewest_to_evaluate
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 
 
@@ -25,7 +25,10 @@ class FeatureSummary(Section):
 
     `mean` and `std` belong to numeric features; `std` is 1 where the values do not vary, so that
     (x - mean) / std is always defined. `num_values` counts the vocabulary of a categorical
-    feature with its unknown value, id 0. `dim` is the length of a vector.
+    feature with its unknown value, id 0. `dim` is the length of a vector, given or encoded from
+    text; `scale` the root mean square of the norms of those in training, 1 where there are none.
+    `vectors_file` beside the manifest holds the vectors of a text, `encoder_sha256` names the
+    content of the encoder's folder.
     """
 
     feature: Feature
@@ -33,6 +36,9 @@ class FeatureSummary(Section):
     std: float | None = None
     num_values: int | None = None
     dim: int | None = None
+    scale: float | None = None
+    vectors_file: str | None = None
+    encoder_sha256: str | None = None
 
 
 class Source(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
+from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.splits import TRAIN, time_order
 
 
@@ -28,6 +29,25 @@ def renumber(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFra
     order = ["user", "item", "timestamp", "rating", "label", "split"]
     known = [name for name in order if name in rows.columns]
     return rows.select(*known, pl.exclude(known)), users, items
+
+
+def append_unseen(items: pl.DataFrame, features: pl.LazyFrame | None) -> pl.DataFrame:
+    """After the items of `renumber`: those that `RawData.items` has beside them, in its order.
+
+    Raises:
+        DataError: no file of items was read.
+    """
+    if features is None or "external_id" not in features.collect_schema():
+        raise DataError(
+            "data.keep_unseen_items: needs a file of items beside the interactions and a feature "
+            "of item from it, has none; use the movielens or recbole format and declare one in "
+            "data.features"
+        )
+    unseen = features.select("external_id").join(
+        items.lazy(), on="external_id", how="anti", maintain_order="left"
+    )
+    counted = unseen.with_columns(count=pl.lit(0, pl.Int64)).collect(engine="streaming")
+    return pl.concat([items, counted], how="diagonal")
 
 
 def _entities(rows: pl.DataFrame, of: str) -> pl.DataFrame:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import polars as pl
@@ -20,15 +22,20 @@ from torchrec_pt.data.manifest import (
     FeatureSummary,
     FormatVersionError,
     Manifest,
+    Part,
     Source,
     load_manifest,
 )
-from torchrec_pt.data.numbering import renumber
+from torchrec_pt.data.numbering import append_unseen, renumber
 from torchrec_pt.data.parts import cut_parts, write_row_groups
 from torchrec_pt.data.readers import RawData, read_raw
 from torchrec_pt.data.sources import find_sources
 from torchrec_pt.data.splits import TEST, TRAIN, VALID, assign_splits, fewest_to_evaluate
+from torchrec_pt.data.text_encoder import Encode, TextEncoder, find_encoders, load_encoder
+from torchrec_pt.data.text_vectors import write_text_vectors
 from torchrec_pt.files import sha256
+
+_ITEMS_PER_GROUP = 4096  # of their texts' vectors, which are written a row group at a time
 
 
 def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
@@ -43,7 +50,10 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
                               0 train, 1 valid, 2 test), features; sorted by user, then time,
                               then place in the raw files
         vocabulary.parquet    of, column, value, id: the categories seen in training; 0 = unknown
-    Users and items that never train come last, by first row. The users and their interactions stand
+        text_<n>.parquet      vector: a row for each user or item, of the n-th feature, a text with
+                              an encoder; zeros where there is no text
+    Items of the item file that no interaction has come last of all where `keep_unseen_items` says
+    so, in the order of that file, else not at all. Users and items that never train come last, by first row. The users and their interactions stand
     in row groups of the same users, the manifest's `parts`. Features that stand in the
     interactions are those of the first training row of a user or item, else of the first row.
     Numeric features are Float32, categorical ones String or List(String), vectors List(Float32).
@@ -55,16 +65,18 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
         seed: of a random split.
     Raises:
         DataError: bad raw data, nothing left to train on, `out` is something else, another
-            process is preparing it, a full disk.
+            process is preparing it, a full disk, an encoder that is not there.
     """
     out = Path(out)
     sources = tuple(_describe(path) for path in find_sources(config).files)
-    fingerprint = _fingerprint(config, seed, sources)
+    encoders = find_encoders(config.features)
+    fingerprint = _fingerprint(config, seed, sources, [encoder.sha256 for encoder in encoders])
     if kept := _existing(out, fingerprint):
         return kept
     with exclusive(out):
         if kept := _existing(out, fingerprint):  # written since we looked
             return kept
+        loaded = [(encoder, load_encoder(encoder)) for encoder in encoders]
         tables, summaries, dropped = _build_tables(config, read_raw(config), seed)
         with whole_or_nothing(out) as folder:
             rows = tables["interactions.parquet"]
@@ -75,6 +87,7 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
             }
             for name, table in tables.items():
                 write_row_groups(folder / name, table, heights.get(name, [table.height]))
+            summaries = _encode_texts(folder, tables, parts, summaries, loaded)
             split, num_of_user = rows["split"], rows.group_by("user").len()["len"]
             manifest = Manifest(
                 format_version=FORMAT_VERSION,
@@ -95,7 +108,7 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
                 dropped=dropped,
                 parts=parts,
                 sources=sources,
-                files={name: (folder / name).stat().st_size for name in tables},
+                files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
             )
             (folder / MANIFEST_NAME).write_text(
                 manifest.model_dump_json(indent=2), encoding="utf-8"
@@ -113,6 +126,8 @@ def _build_tables(
     interactions = assign_splits(interactions, config.split, seed)
     interactions, users, items = renumber(interactions)
     with reading(config.path, raw.sources):
+        if config.keep_unseen_items:
+            items = append_unseen(items, raw.items)
         users, items = join_features(users, raw.users), join_features(items, raw.items)
     tables, summaries, vocabulary = describe_features(
         config.features,
@@ -132,6 +147,43 @@ def _build_tables(
     return files, summaries, dropped
 
 
+def _encode_texts(
+    folder: Path,
+    tables: Mapping[str, pl.DataFrame],
+    parts: Sequence[Part],
+    summaries: tuple[FeatureSummary, ...],
+    loaded: Sequence[tuple[TextEncoder, Encode]],
+) -> tuple[FeatureSummary, ...]:
+    """Write the vectors of the texts that have an encoder; their summaries say where they are."""
+    items = tables["items.parquet"]
+    ends = [*range(0, items.height, _ITEMS_PER_GROUP), items.height]
+    heights = {
+        "user": [part.num_users for part in parts],
+        "item": [end - begin for begin, end in pairwise(ends)],
+    }
+    num_training = {
+        "user": sum(part.num_training for part in parts),
+        "item": int((items["count"] > 0).sum()),
+    }
+    described = list(summaries)
+    for encoder, encode in loaded:
+        feature = encoder.feature
+        place = [summary.feature for summary in summaries].index(feature)
+        name = f"text_{place}.parquet"
+        encoded = write_text_vectors(
+            folder / name,
+            tables[f"{feature.of}s.parquet"][feature.column],
+            encode,
+            heights=heights[feature.of],
+            num_training=num_training[feature.of],
+            where=encoder.where,
+        )
+        found = {} if encoded is None else {"vectors_file": name, **encoded._asdict()}
+        found |= {"encoder_sha256": encoder.sha256}
+        described[place] = summaries[place].model_copy(update=found)
+    return tuple(described)
+
+
 def _describe(path: Path) -> Source:
     with reading(path):
         return Source(name=str(path), num_bytes=path.stat().st_size, sha256=sha256(path))
@@ -139,15 +191,20 @@ def _describe(path: Path) -> Source:
 
 def is_prepared_from(manifest: Manifest, config: DataConfig, seed: int) -> bool:
     """Whether a dataset was made from this `data` section and seed, whatever its files hold now."""
-    return manifest.fingerprint == _fingerprint(config, seed, manifest.sources)
+    encoders = [summary.encoder_sha256 for summary in manifest.features]
+    known = [digest for digest in encoders if digest is not None]
+    return manifest.fingerprint == _fingerprint(config, seed, manifest.sources, known)
 
 
-def _fingerprint(config: DataConfig, seed: int, sources: tuple[Source, ...]) -> str:
+def _fingerprint(
+    config: DataConfig, seed: int, sources: tuple[Source, ...], encoders: Sequence[str]
+) -> str:
     content = {
         "config": config.model_dump(mode="json", exclude={"prepared"}),
         "seed": seed,
         "format_version": FORMAT_VERSION,
         "sources": [source.sha256 for source in sources],
+        "encoders": encoders,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

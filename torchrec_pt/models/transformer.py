@@ -59,10 +59,7 @@ class Transformer(Backbone):
 
     def reset_parameters(self) -> None:
         """Normal with deviation 0.02, biases 0 (BERT4Rec, section 3.6), from torch's generator."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        reset_linear_layers(self)
         nn.init.normal_(self.mask, std=0.02)
         if self.position is not None:
             nn.init.normal_(self.position, std=0.02)
@@ -92,11 +89,11 @@ class Transformer(Backbone):
         Raises:
             ValueError: a row longer than max_length.
         """
-        longest = int(tokens.lengths.max()) if tokens.num_rows else 0
-        if longest > self.max_length:
+        attention = Attention(tokens.offsets, self.is_causal)
+        if attention.longest > self.max_length:
             raise ValueError(
                 f"encode_positions: rows may have {self.max_length} items, "
-                f"given one of {longest}; cut it with Jagged.tail"
+                f"given one of {attention.longest}; cut it with Jagged.tail"
             )
         row, slot = tokens.rows, self._slot(tokens)
         x = tokens.values
@@ -105,12 +102,11 @@ class Transformer(Backbone):
         if self.position is not None:
             # Indexing would add up its gradient in the order in which threads come.
             x = x + F.embedding(slot, self.position)
-        turn, bias = None, None
         if self.rotary is not None:
-            turn = partial(self.rotary, slot=slot)
+            attention.turn = partial(self.rotary, slot=slot)
         if self.relative is not None:
-            bias = self.relative(tokens, _visible_times(tokens, is_masked), longest)
-        attention = _Attention(tokens.offsets, longest, self.is_causal, turn, bias)
+            times = _visible_times(tokens, is_masked)
+            attention.add(self.relative(tokens, times, attention.longest))
         drop = RowDropout(self.dropout, noise, "dropout", row, slot)
         x = drop(x)
         for block in self.blocks:
@@ -174,6 +170,14 @@ def _visible_times(tokens: Jagged, is_masked: Tensor | None) -> Tensor:
     return torch.where(is_of_row, times[newest.clamp(min=0)], torch.nan)
 
 
+def reset_linear_layers(module: nn.Module) -> None:
+    """Normal with deviation 0.02, biases 0, from torch's generator."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+
 class Block(nn.Module):
     """x + Attention(LN(x)), then x + FFN(LN(x)), on packed tokens (T, D)."""
 
@@ -187,43 +191,45 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(dim, ffn_dim)
         self.ffn_out = nn.Linear(ffn_dim, dim)
 
-    def forward(self, x: Tensor, attention: _Attention, drop: RowDropout) -> Tensor:
-        x = x + drop(self.out(attention(self.qkv(self.attention_norm(x)), self.num_heads)))
+    def forward(self, x: Tensor, attention: Attention, drop: RowDropout) -> Tensor:
+        return self.feed_forward(self.attend(x, attention, drop), drop)
+
+    def attend(self, x: Tensor, attention: Attention, drop: RowDropout) -> Tensor:
+        return x + drop(self.out(attention(self.qkv(self.attention_norm(x)), self.num_heads)))
+
+    def feed_forward(self, x: Tensor, drop: RowDropout) -> Tensor:
         return x + drop(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x)))))
 
 
-class _Attention:
+class Attention:
     """Scaled dot-product attention within the rows of a packed batch.
 
-    Args:
+    Attributes:
         longest: of the rows.
-        turn: of the heads of queries and keys (T, 2 H, d), by their positions.
-        bias: (R, H, L, L), L = longest, added to the logits.
+        turn: what turns the heads of queries and keys (T, 2 H, d) by their positions, or None.
     """
 
-    def __init__(
-        self,
-        offsets: Tensor,
-        longest: int,
-        is_causal: bool,
-        turn: Callable[[Tensor], Tensor] | None,
-        bias: Tensor | None,
-    ) -> None:
+    def __init__(self, offsets: Tensor, is_causal: bool) -> None:
         self.offsets = offsets
-        self.longest = longest
-        self.is_causal = is_causal and bias is None  # sdpa takes one of the two
-        self.turn = turn
-        self.bias = bias
-        self.mask = None
+        self.is_causal = is_causal
+        lengths = offsets.diff()
+        self.longest = int(lengths.max()) if len(lengths) else 0
+        self.turn: Callable[[Tensor], Tensor] | None = None
+        self.bias: Tensor | None = None
+        self.mask: Tensor | None = None
         if not is_causal:
             # Rows are padded at their end. A causal query never looks there; others must not.
-            columns = torch.arange(longest, device=offsets.device)
-            is_key = columns < offsets.diff().clamp(min=1).unsqueeze(1)
+            columns = torch.arange(self.longest, device=offsets.device)
+            is_key = columns < lengths.clamp(min=1).unsqueeze(1)
             self.mask = is_key[:, None, None, :]
-        if bias is not None:
-            is_later = bias.new_ones(longest, longest, dtype=torch.bool).triu(1)
-            hidden = is_later if self.mask is None else ~self.mask
-            self.mask = bias.masked_fill(hidden, -torch.inf)
+
+    def add(self, bias: Tensor) -> None:
+        """Add (R, H, L, L), L = longest, to the logits."""
+        is_seen = self.mask
+        if is_seen is None:
+            is_seen = bias.new_ones(self.longest, self.longest, dtype=torch.bool).tril()
+        self.bias = bias
+        self.mask, self.is_causal = bias.masked_fill(~is_seen, -torch.inf), False
 
     def __call__(self, qkv: Tensor, num_heads: int) -> Tensor:
         """(T, 3 D) -> (T, D)"""

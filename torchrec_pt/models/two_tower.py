@@ -21,6 +21,7 @@ from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.dropout import RowDropout
 from torchrec_pt.models.feature_encoder import FeatureEncoder
+from torchrec_pt.models.item_content import RowHiding
 from torchrec_pt.rng import RowNoise
 
 
@@ -31,13 +32,19 @@ class TwoTower(Backbone):
         num_items: int,
         user_features: EntityFeatures,
         item_features: EntityFeatures,
+        hiding: RowHiding | None = None,
     ) -> None:
         super().__init__(config, config.history_length, num_items)
         self.dropout = config.dropout
+        self.hiding = hiding
         self.user_features = FeatureEncoder(user_features, config.dim)
         self.item_features = FeatureEncoder(item_features, config.dim)
         self.user_tower = Tower(config.dim, self.user_features.num_fields, config.hidden_dims)
         self.item_tower = Tower(config.dim, self.item_features.num_fields, config.hidden_dims)
+
+    def represent(self, ids: Tensor, rows: Tensor, noise: RowNoise | None = None) -> Tensor:
+        """Rows, some of them hidden; the item tower reads the features."""
+        return rows if self.hiding is None else self.hiding(ids, rows, noise)
 
     def encode_items(self, ids: Tensor, rows: Tensor) -> Tensor:
         return self.scaled(self.item_tower(rows, self.item_features(ids)))

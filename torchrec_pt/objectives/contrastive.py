@@ -26,7 +26,7 @@ from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.negatives import InBatch, Sampled, Source, join_keys
 from torchrec_pt.objectives.item_softmax import build_sampler
 from torchrec_pt.objectives.loss_term import LossTerm
-from torchrec_pt.objectives.windows import draw_windows
+from torchrec_pt.objectives.windows import draw_windows, permute_stretches
 from torchrec_pt.ring import ring_infonce_loss
 from torchrec_pt.rng import RowNoise
 
@@ -98,13 +98,9 @@ class ContrastiveObjective(nn.Module):
 
         length = (lengths * self.config.reorder_fraction).long()
         begin = (lots[:, 2] * (lengths - length + 1)).long().minimum(lengths - length)
-        is_shuffled = chosen("reorder")[row]
-        is_shuffled &= (position >= begin[row]) & (position < (begin + length)[row])
-        lot = noise.per_token("contrastive.reorder", row, position).double()
-        place = torch.where(is_shuffled, begin[row] + lot * length[row], position.double())
-        order = torch.argsort(row * (float(self.max_length) + 1) + place, stable=True)
-        # Times stay with their places: the items in this order, at the times of the history.
-        return history.with_values(history.values[order]), is_masked
+        length = torch.where(chosen("reorder"), length, 0)
+        lot = noise.per_token("contrastive.reorder", row, position)
+        return permute_stretches(history, begin, length, lot), is_masked
 
     def _draw_pairs(self, rows: Rows) -> Draw:
         # The item right after a drawn window; the window may be empty for a bidirectional model.
