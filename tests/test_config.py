@@ -253,6 +253,7 @@ def test_any_changed_value_changes_the_digest() -> None:
         "ffn_dim": 7,
         "max_length": 9,
         "attention": "causal",
+        "positions": "rotary",
         "dropout": 0.3,
         "similarity": "cosine",
         "item_content": False,

@@ -60,7 +60,8 @@ def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:
     """The configured backbone, initial values from torch's generator; the item table is empty.
 
     Raises:
-        ValueError: row_dropout, and nothing but their rows is known of the items.
+        ValueError: row_dropout, and nothing but their rows is known of the items; or positions by
+            time, and the data has none.
     """
     features = no_features("item", dataset.num_items)
     if model.item_content:
@@ -79,6 +80,11 @@ def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:
     content = None if hiding is None else ItemContent(features, model.row_dim, hiding)
     if model.backbone == "autoencoder":
         return Autoencoder(model, dataset.num_items, content)
+    if model.positions == "relative_time" and dataset.timestamp is None:
+        raise ValueError(
+            'model.positions: "relative_time" needs times, data.columns.timestamp is not set; '
+            'set it, or use "rotary"'
+        )
     return Transformer(model, dataset.num_items, content)
 
 

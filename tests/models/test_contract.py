@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,13 @@ DIM, MAX_LENGTH = 16, 6
 LENGTHS = (3, 0, 5, 1, 4)
 USERS = torch.tensor([4, 0, -1, 2, 4])
 
+
+def _positions(attention: Any, positions: Any, dropout: float) -> TransformerConfig:
+    return TransformerConfig(
+        dim=DIM, max_length=MAX_LENGTH, attention=attention, positions=positions, dropout=dropout
+    )
+
+
 BACKBONES: dict[str, Callable[[float], ModelConfig]] = {
     "causal transformer": lambda dropout: TransformerConfig(
         dim=DIM, num_layers=2, max_length=MAX_LENGTH, attention="causal", dropout=dropout
@@ -27,6 +35,10 @@ BACKBONES: dict[str, Callable[[float], ModelConfig]] = {
     "bidirectional transformer": lambda dropout: TransformerConfig(
         dim=DIM, num_layers=2, max_length=MAX_LENGTH, dropout=dropout
     ),
+    "causal rotary transformer": lambda dropout: _positions("causal", "rotary", dropout),
+    "rotary transformer": lambda dropout: _positions("bidirectional", "rotary", dropout),
+    "causal timed transformer": lambda dropout: _positions("causal", "relative_time", dropout),
+    "timed transformer": lambda dropout: _positions("bidirectional", "relative_time", dropout),
     "cosine transformer": lambda dropout: TransformerConfig(
         dim=DIM, max_length=MAX_LENGTH, similarity="cosine", dropout=dropout
     ),
@@ -73,7 +85,9 @@ def build(name: str, data: str, request: pytest.FixtureRequest) -> Callable[...,
 def _history(backbone: Backbone, lengths: tuple[int, ...] = LENGTHS, seed: int = 1) -> Jagged:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(sum(lengths), backbone.items.dim, generator=generator)
-    return Jagged.from_lengths(values, torch.tensor(lengths, dtype=torch.int64))
+    times = 1e6 * torch.rand(sum(lengths), dtype=torch.float64, generator=generator)
+    times[::4] = torch.nan  # not known
+    return Jagged.from_lengths(values, torch.tensor(lengths, dtype=torch.int64), times)
 
 
 def _items(backbone: Backbone, ids: Tensor) -> Tensor:

@@ -72,6 +72,11 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         config["model"] |= {"row_dropout": 0.4, "similarity": "cosine"}
         return config
 
+    def at(positions: str, attention: str, *objectives: dict[str, Any]) -> Any:
+        config = case(attention, {"placement": "replicated"}, pretrain=pretrain(*objectives))
+        config["model"] |= {"positions": positions}
+        return config
+
     def pretrain(*objectives: dict[str, Any]) -> dict[str, Any]:
         return {**STEPS, "objectives": objectives}
 
@@ -123,9 +128,13 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         "hidden rows row_wise": hiding(
             both, row_wise["item_table"], {**MASKED, "temperature": 0.1}
         ),
+        "rotary": at("rotary", both, MASKED, VIEWS),
+        "relative time": at("relative_time", both, MASKED, VIEWS),
+        "relative time, causal": at("relative_time", "causal", NEXT, PAIRS),
         "softmax": case(both, replicated, finetune=ranking("softmax")),
         "bpr": case("causal", replicated, finetune=ranking("bpr")),
         "ctr": pairs("ctr", {"num_layers": 1}),
+        "ctr, relative time": pairs("ctr", {"num_layers": 1, "positions": "relative_time"}),
         "ctr column_wise": pairs("ctr", {"num_layers": 1, **by_columns}),
         "ctr two_tower row_wise": pairs("ctr", {**towers, **row_wise}),
         "rating": pairs("rating", {"num_layers": 1, "attention": "causal", **row_wise}),

@@ -64,11 +64,21 @@ class TransformerConfig(BackboneConfig):
     num_heads: int = Field(2, ge=1)
     ffn_dim: int | None = Field(None, ge=1, description="default: 4 × dim")
     attention: Literal["causal", "bidirectional"] = "bidirectional"
+    positions: Literal["learned", "rotary", "relative_time"] = Field(
+        "learned",
+        description="a vector a position; rotations of queries and keys; or a bias of attention by "
+        "distance and by the time between, which needs timestamps",
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TransformerConfig:
         if self.dim % self.num_heads:
             raise ValueError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads})")
+        if self.positions == "rotary" and self.dim // self.num_heads % 2:
+            raise ValueError(
+                'positions = "rotary" turns pairs of a head\'s dimensions: dim / num_heads must be '
+                f"even, given {self.dim} / {self.num_heads}; change num_heads"
+            )
         return self
 
     @property

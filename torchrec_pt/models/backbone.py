@@ -22,7 +22,10 @@ class Backbone(nn.Module, ABC):
             hand that in where "rows" are asked for.
         content: what makes item features part of an item's row; None where none are.
         history_length: newest items of a history that `encode_users` reads; callers cut.
+        reads_times: whether the times of a history make a difference.
     """
+
+    reads_times = False
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class Backbone(nn.Module, ABC):
         Args:
             users: (R,) int64 users of this rank; −1 for somebody of whom nothing else is known.
             history: R rows of such item rows (T, row_dim), oldest first, at most `history_length`
-                each; a row may be empty.
+                each, with their times where they are known; a row may be empty.
             noise: dropout's randomness, one row a user; None for no dropout.
             is_masked: (T,) bool, items of the history to hide.
         """

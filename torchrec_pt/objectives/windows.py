@@ -12,7 +12,8 @@ from torchrec_pt.data.jagged import Jagged
 def draw_windows(rows: Rows, max_length: int, site: str) -> Jagged:
     """A stretch of at most `max_length` items of each history, where it starts drawn by the step.
 
-    Over the epochs all of a long history is trained on, not its end alone.
+    Over the epochs all of a long history is trained on, not its end alone. The items keep their
+    times.
     """
     lengths = rows.histories.lengths
     spare = (lengths - max_length).clamp(min=0)
@@ -23,6 +24,8 @@ def draw_windows(rows: Rows, max_length: int, site: str) -> Jagged:
 
 def permute_stretches(history: Jagged, begin: Tensor, length: Tensor, lot: Tensor) -> Jagged:
     """Of each row the entries [begin, begin + length) in the order of their lots.
+
+    Times stay with their places: the items in this order, at the times of the history.
 
     Args:
         begin, length: (R,) int64; a length of 0 leaves its row alone.
