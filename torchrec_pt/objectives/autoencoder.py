@@ -47,7 +47,7 @@ class AutoencoderObjective(nn.Module):
 
     Raises:
         ValueError: another backbone, settings of a variational one for one that is not, or ratings
-            of which there are none, or no two.
+            of which there are none, or that are all alike.
     """
 
     def __init__(
@@ -136,7 +136,8 @@ class AutoencoderObjective(nn.Module):
 
     def _annealed(self, step: int) -> float:
         """β of this step."""
-        return self.kl_weight * min(1.0, step / max(1, self.config.anneal_steps))
+        num_steps = self.config.anneal_steps
+        return self.kl_weight * (min(1.0, step / num_steps) if num_steps else 1.0)
 
 
 def _check_backbone(config: AutoencoderSettings, model: ModelConfig) -> None:
