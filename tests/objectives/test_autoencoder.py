@@ -65,7 +65,7 @@ def _loss(objective: AutoencoderObjective, rows: Rows, **model: Any) -> tuple[Te
     )
     x = torch.zeros(rows.num_rows, NUM_ITEMS, dtype=torch.float64)
     x[history.rows, draw.lookups["history"].values] = 1
-    assert term.weight == len(history.values)
+    assert term.weight == rows.weight.sum()
     return term.total, user.double() @ keys.double().T, x, divergence
 
 

@@ -8,11 +8,12 @@ With s_j = z · v_j + b_j the score of item j, x_j = 1 for the n items of a hist
     bce           Σ_j softplus(s_j) − Σ_{j in x} s_j                 Liang et al. 2018, section 2.1
     ratings, mse  Σ_{j in x} (s_j − r_j)²                            Sedhain et al. 2015, section 2
 
-each summed over the users of a step and divided by the sum of their n: as large as masked_item's,
-and alike in batches of long and of short histories (the papers divide by the number of users).
-r_j are ratings less their mean, in standard deviations, of training. Sums over the catalogue are
-`Catalogue`'s, which never holds users × items. A variational backbone adds β · KL to a user's loss,
-where β grows from 0 over anneal_steps (Liang et al. 2018, section 2.2.2).
+each the mean over users of a sum over items, as in the papers: long histories weigh more, and
+beside other objectives, whose losses are of single items, `weight` should be that much smaller.
+(On MovieLens-100K the mean over all items taken was worse.) r_j are ratings less their mean, in
+standard deviations, of training. Sums over the catalogue are `Catalogue`'s, which never holds
+users × items. A variational backbone adds β · KL, where β grows from 0 over anneal_steps (Liang et
+al. 2018, section 2.2.2).
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class AutoencoderObjective(nn.Module):
             assert catalogue is not None
             total = self._binary_loss(user, score, history.lengths, keys.weight, catalogue)
         total = total + self._annealed(keys.noise.step) * (divergence * keys.weight).sum()
-        return LossTerm(total, history.lengths.sum().float())
+        return LossTerm(total, keys.weight.sum())
 
     def _binary_loss(
         self,
