@@ -168,14 +168,22 @@ def test_ratings_are_compared_where_there_are_some(cycle: PreparedDataset) -> No
     _close(got, (scores[history.rows, history.values] - rating).square().sum())
 
 
-def test_the_divergence_is_annealed(cycle: PreparedDataset) -> None:
-    settings = _settings(kl_weight=0.4, anneal_steps=10)
-    objective = AutoencoderObjective(settings, _model(variational=True), cycle)
-    for step, weight in ((0, 0.0), (5, 0.2), (10, 0.4), (99, 0.4)):
-        rows = rows_of([3, 0, 1, 5, 2], step)
-        got, scores, x, divergence = _loss(objective, rows, variational=True)
-        reconstruction = -(x * F.log_softmax(scores, dim=1)).sum()
-        _close(got, reconstruction + weight * (divergence * rows.weight).sum().double())
+@pytest.mark.parametrize(
+    ("settings", "step", "weight"),
+    [
+        *(({"kl_weight": 0.4, "anneal_steps": 10}, *at) for at in ((0, 0), (5, 0.2), (99, 0.4))),
+        ({"kl_weight": 0.3}, 0, 0.3),
+        ({}, 0, 0.2),
+    ],
+)
+def test_the_divergence_is_annealed_if_asked(
+    cycle: PreparedDataset, settings: dict[str, Any], step: int, weight: float
+) -> None:
+    objective = AutoencoderObjective(_settings(**settings), _model(variational=True), cycle)
+    rows = rows_of([3, 0, 1, 5, 2], step)
+    got, scores, x, divergence = _loss(objective, rows, variational=True)
+    reconstruction = -(x * F.log_softmax(scores, dim=1)).sum()
+    _close(got, reconstruction + weight * (divergence * rows.weight).sum().double())
 
 
 # --- learning -----------------------------------------------------------------------------------

@@ -8,9 +8,12 @@ With s_j = z · v_j + b_j the score of item j, x_j = 1 for the n items of a hist
     bce           Σ_j softplus(s_j) − Σ_{j in x} s_j                 Liang et al. 2018, section 2.1
     ratings, mse  Σ_{j in x} (s_j − r_j)²                            Sedhain et al. 2015, section 2
 
-each the mean over users. r_j are ratings less their mean, in standard deviations, of training.
-Sums over the catalogue are `Catalogue`'s, which never holds users × items. A variational backbone
-adds β · KL, where β grows from 0 over anneal_steps (Liang et al. 2018, section 2.2.2).
+each the mean over users of a sum over items, as in the papers: long histories weigh more, and
+beside other objectives, whose losses are of single items, `weight` should be that much smaller.
+(On MovieLens-100K the mean over all items taken was worse.) r_j are ratings less their mean, in
+standard deviations, of training. Sums over the catalogue are `Catalogue`'s, which never holds
+users × items. A variational backbone adds β · KL, where β grows from 0 over anneal_steps (Liang et
+al. 2018, section 2.2.2).
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ class AutoencoderObjective(nn.Module):
 
     Raises:
         ValueError: another backbone, settings of a variational one for one that is not, or ratings
-            of which there are none, or no two.
+            of which there are none, or that are all alike.
     """
 
     def __init__(
@@ -134,7 +137,8 @@ class AutoencoderObjective(nn.Module):
 
     def _annealed(self, step: int) -> float:
         """β of this step."""
-        return self.kl_weight * min(1.0, step / max(1, self.config.anneal_steps))
+        num_steps = self.config.anneal_steps
+        return self.kl_weight * (min(1.0, step / num_steps) if num_steps else 1.0)
 
 
 def _check_backbone(config: AutoencoderSettings, model: ModelConfig) -> None:
