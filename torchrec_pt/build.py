@@ -18,6 +18,7 @@ from torchrec_pt.distributed import Ranks
 from torchrec_pt.learner import Learner
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.item_content import ItemContent
+from torchrec_pt.models.precision import multiply_in_bf16
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.models.two_tower import TwoTower
 from torchrec_pt.objectives.contrastive import ContrastiveObjective
@@ -125,6 +126,8 @@ def build_learner(
     """A learner with initial values from the run's seed, placed on the ranks."""
     built = _build_unfilled(config, train, objectives, dataset, ranks)
     fill_item_table(built.model, config.seed)
+    if train.precision == "bf16":
+        multiply_in_bf16(built.learner)
     return built
 
 

@@ -20,6 +20,12 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(100, ge=0)
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="bf16: linear layers and attention train in bfloat16, which GPUs since Ampere "
+        "and CPUs with AMX or AVX512-BF16 do faster; parameters, losses and validation stay "
+        "float32",
+    )
     clip_norm: float | None = Field(None, gt=0)
     average_decay: float | None = Field(
         None,
