@@ -19,6 +19,7 @@ from torchrec_pt.learner import Learner
 from torchrec_pt.models.autoencoder import Autoencoder
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.item_content import ItemContent, RowHiding
+from torchrec_pt.models.precision import multiply_in_bf16
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.models.two_tower import TwoTower
 from torchrec_pt.placement import Placement, settle_placement
@@ -98,6 +99,8 @@ def build_learner(
     """A learner with initial values from the run's seed, placed on the ranks."""
     built = _build_unfilled(config, train, objectives, dataset, ranks)
     fill_item_table(built.model, config.seed)
+    if train.precision == "bf16":
+        multiply_in_bf16(built.learner)
     return built
 
 

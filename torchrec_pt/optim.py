@@ -106,10 +106,11 @@ class Optimizers:
 def _refuse_what_fused_tables_lack(config: TrainConfig) -> None:
     reasons = {
         "clip_norm": "is updated inside backward, before a global norm is known",
+        "accumulate_steps": "is updated inside backward, batch by batch",
         "average_decay": "is updated inside backward, row by row, and has no average",
     }
     for name, reason in reasons.items():
-        if getattr(config, name) is not None:
+        if getattr(config, name) != TrainConfig.model_fields[name].default:
             raise ValueError(
                 f"{name}: a sharded table {reason}; drop {name}, or set "
                 'model.item_table.placement to "replicated"'

@@ -102,9 +102,8 @@ def train_stage(
         seed=config.seed,
         ranks=ranks,
     )
-    optimizers = Optimizers(
-        built.model, train, built.placement, train.epochs * loader.steps_per_epoch
-    )
+    num_steps = train.epochs * train.steps_in(loader.steps_per_epoch)
+    optimizers = Optimizers(built.model, train, built.placement, num_steps)
     plans = table_plans(built.model, optimizers.state())
     with raised_together():
         if stage.console is not None and is_worth_showing(plans):

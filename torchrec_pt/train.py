@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -44,7 +45,7 @@ class Position:
 
     Attributes:
         epoch: epochs done.
-        step: steps done in all.
+        step: steps done in all, each an update by `accumulate_steps` batches.
         epoch_step: steps done in the epoch that has begun.
         loss_sums: each objective's losses over those, summed in float32; empty before the first.
         curve: one entry per validation: epoch, step, mean losses of the last epoch, metrics.
@@ -109,7 +110,7 @@ class Trainer:
         self.pipeline: SparseDistPipeline | None = None
         if suits_pipeline(learner, ranks.device):
             self.pipeline = SparseDistPipeline(
-                model, learner, optimizers, ranks.device, self._forward
+                model, learner, optimizers, ranks.device, self._prepared_forward
             )
 
     def run(self, validate: Validate) -> Position:
@@ -174,9 +175,11 @@ class Trainer:
     def _train_epoch(self, progress: StageProgress, writer: EventFile | None) -> dict[str, float]:
         """The rest of a pass over the users; mean of each objective's loss over all its steps."""
         self.model.train()
-        position, steps_per_epoch = self.position, self.loader.steps_per_epoch
+        position = self.position
+        steps_per_epoch = self.config.steps_in(self.loader.steps_per_epoch)
         sums = torch.tensor(position.loss_sums or [0.0] * len(self.learner.names))
-        for taken in self._take(self.loader.steps(position.epoch, position.epoch_step)):
+        first = position.epoch_step * self.config.accumulate_steps
+        for taken in self._take(self.loader.steps(position.epoch, first)):
             position.step += 1
             position.epoch_step += 1
             means = taken.means.cpu()
@@ -192,21 +195,36 @@ class Trainer:
         position.epoch, position.epoch_step, position.loss_sums = position.epoch + 1, 0, []
         return dict(zip(self.learner.names, (sums / steps_per_epoch).tolist(), strict=True))
 
-    def _take(self, steps: Iterator[Rows]) -> Iterator[TakenStep]:
-        return map(self.step, steps) if self.pipeline is None else self.pipeline.run(steps)
+    def _take(self, batches: Iterator[Rows]) -> Iterator[TakenStep]:
+        if self.pipeline is not None:  # its table is sharded, so that a step is a batch
+            return self.pipeline.run(batches)
+        groups = iter(lambda: list(itertools.islice(batches, self.config.accumulate_steps)), [])
+        return itertools.starmap(self.step, groups)
 
-    def step(self, rows: Rows) -> TakenStep:
-        """Forward, backward and update on this rank's rows of one global batch."""
-        loss, taken = self._forward(self.learner.draw(rows).to(self.ranks.device))
-        loss.backward()
+    def step(self, *batches: Rows) -> TakenStep:
+        """Forward and backward on this rank's rows of global batches, then one update.
+
+        It goes by the mean of the batches' losses, each the mean over what its batch counts.
+        """
+        self.optimizers.prepare(self.position.step)
+        num_rows, means = 0, []
+        for rows in batches:
+            loss, taken = self._forward(self.learner.draw(rows).to(self.ranks.device))
+            (loss / len(batches)).backward()
+            num_rows += taken.num_rows
+            means.append(taken.means)
         self.optimizers.step()
         if self._averaged is not None:
             self._averaged.update(self.position.step)
-        return taken
+        return TakenStep(num_rows, torch.stack(means).mean(0))
+
+    def _prepared_forward(self, batch: Batch) -> tuple[Tensor, TakenStep]:
+        """For the pipeline, of which a step is a batch."""
+        self.optimizers.prepare(batch.step)
+        return self._forward(batch)
 
     def _forward(self, batch: Batch) -> tuple[Tensor, TakenStep]:
         """Up to the loss; one that is not finite ends training before anything is updated."""
-        self.optimizers.prepare(batch.step)
         out: StepLoss = self.model(batch)
         if not bool(torch.isfinite(out.means).all()):
             raise TrainingError(self._not_finite(out, batch))
@@ -229,7 +247,7 @@ class Trainer:
             self._saver.wait()
         good = checkpoint.saved(self._checkpoints)
         return (
-            f"{self.name}: loss is not finite at step {batch.step} ({values}); {held}; "
+            f"{self.name}: loss is not finite at step {self.position.step} ({values}); {held}; "
             f"last good checkpoint: {good[-1] if good else 'none'}; lower the learning rate"
         )
 

@@ -15,6 +15,7 @@ from torchrec_pt.data.batch import lookup_ids
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.models.backbone import Backbone
+from torchrec_pt.models.precision import multiply_in_bf16
 from torchrec_pt.rng import RowNoise
 
 DIM, MAX_LENGTH = 16, 6
@@ -216,3 +217,25 @@ def test_two_threads_give_the_same_bits_every_time(build: Callable[..., Backbone
     first = gradients(2)
     for _ in range(3):
         assert all(map(torch.equal, gradients(2), first))
+
+
+def test_trained_in_bf16_it_gives_float32_vectors_near_those_of_float32(
+    build: Callable[..., Backbone],
+) -> None:
+    backbone, history = build(dropout=0.5), _history()
+    noise = RowNoise(0, 7, torch.arange(5))
+    ids = torch.arange(backbone.items.num_items)
+
+    def vectors() -> Tensor:
+        return torch.cat([backbone.encode_users(USERS, history, noise), _items(backbone, ids)])
+
+    expected = vectors()
+    multiply_in_bf16(backbone)
+    got = vectors()
+    assert got.dtype == torch.float32
+    # Two layers, each a few roundings to 8 bits of numbers of size 1
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+    got.square().sum().backward()
+    assert {p.grad.dtype for p in backbone.parameters() if p.grad is not None} == {torch.float32}
+    backbone.eval()
+    assert vectors().equal(expected)

@@ -112,7 +112,7 @@ def train_case(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> 
     )
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def tensor_hashes(folder: Path) -> dict[str, str]:
     """Of every tensor in every checkpoint (the files name their tensors in any order)."""
     return {
         f"{file.relative_to(folder)}: {name}": hashlib.sha256(tensor.numpy()).hexdigest()
@@ -129,7 +129,7 @@ def run(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> dict[st
         "steps": steps,
         "losses": gather_objects(losses),
         "curve": result.values["curve"],
-        "checkpoints": _hashes(result.folder / "checkpoints"),
+        "checkpoints": tensor_hashes(result.folder / "checkpoints"),
     }
 
 

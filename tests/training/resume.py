@@ -62,11 +62,12 @@ def _recorded(losses: Losses, dies_at: int | None) -> Iterator[None]:
     """Write down every step that a trainer takes, up to the one that fails."""
     step = Trainer.step
 
-    def recorded(trainer: Trainer, rows: Rows) -> TakenStep:
-        if rows.noise.step == dies_at:
+    def recorded(trainer: Trainer, *batches: Rows) -> TakenStep:
+        number = trainer.position.step
+        if number == dies_at:
             raise BrokenOffError
-        taken = step(trainer, rows)
-        losses.append((rows.noise.step, taken.means.tolist()))
+        taken = step(trainer, *batches)
+        losses.append((number, taken.means.tolist()))
         return taken
 
     Trainer.step = recorded  # type: ignore[method-assign, assignment]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.conftest import tiny_config
+from tests.training.both_ways import tensor_hashes
 from torchrec_pt import pipeline
 from torchrec_pt.averaging import AveragedWeights
 from torchrec_pt.build import build_task, load_learner
@@ -42,15 +42,6 @@ def _config(cycle_folder: Path, run_dir: Path, **train: Any) -> RunConfig:
 def _tensors(checkpoint: Path) -> dict[str, Tensor]:
     (file,) = checkpoint.glob("*.safetensors")
     return load_file(file)
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    """Of every tensor in every checkpoint below `folder`."""
-    return {
-        f"{path.relative_to(folder)}: {name}": hashlib.sha256(tensor.numpy()).hexdigest()
-        for path in sorted(folder.rglob("step-*"))
-        for name, tensor in _tensors(path).items()
-    }
 
 
 def _of(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
@@ -142,7 +133,7 @@ def test_a_killed_stage_ends_as_the_uninterrupted_one(
     monkeypatch.undo()
     resumed = pipeline.pretrain(broken)
     assert resumed.values["curve"] == expected.values["curve"]
-    assert _hashes(tmp_path / "b/pretrain") == _hashes(tmp_path / "a/pretrain")
+    assert tensor_hashes(resumed.folder) == tensor_hashes(expected.folder)
 
 
 @pytest.mark.parametrize("task", [None, "rating"])

@@ -74,6 +74,8 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
     cases["table_wise, several"] = pretrain(TABLE_WISE, {**MASKED, **SHARED}, VIEWS, attention=both)
     column_wise = {"placement": "column_wise", "optimizer": "sgd"}
     cases["column_wise, several"] = pretrain(column_wise, MASKED, VIEWS, attention=both)
+    cases["row_wise, bf16"] = pretrain(ROW_WISE, NEXT)
+    cases["row_wise, bf16"]["pretrain"]["precision"] = "bf16"
     cases["poisoned"] = pretrain(ROW_WISE, {**MASKED, **OWN}, attention=both)
     return cases
 

@@ -12,14 +12,29 @@ from torchrec_pt.config.section import Section
 
 
 class TrainConfig(Section):
-    """What every training stage shares. `batch_size` counts rows over all ranks together."""
+    """What every training stage shares. `batch_size` counts rows over all ranks together.
+
+    A step is one update, whatever counts steps (warmup_steps, checkpoint_every, checkpoints).
+    """
 
     epochs: int = Field(20, ge=0)
     batch_size: int = Field(128, ge=1)
+    accumulate_steps: int = Field(
+        1,
+        ge=1,
+        description="batches a step: it goes by the mean of their losses. As one batch of all "
+        "their rows, but for in-batch negatives and where batches count unequally many predictions",
+    )
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(100, ge=0)
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="bf16: linear layers and attention train in bfloat16, which GPUs since Ampere "
+        "and CPUs with AMX or AVX512-BF16 do faster; parameters, losses and validation stay "
+        "float32",
+    )
     clip_norm: float | None = Field(None, gt=0)
     average_decay: float | None = Field(
         None,
@@ -39,6 +54,10 @@ class TrainConfig(Section):
         description="train on while a checkpoint is written; "
         "false: no second copy of the tables in memory",
     )
+
+    def steps_in(self, num_batches: int) -> int:
+        """Steps of an epoch of so many batches; the last may have fewer than the others."""
+        return -(-num_batches // self.accumulate_steps)
 
 
 class PretrainConfig(TrainConfig):

@@ -1,0 +1,32 @@
+"""Mixed precision: the linear layers multiply in bfloat16, everything else stays float32.
+
+Micikevicius et al. 2018 (Mixed Precision Training, section 3.1: float32 master weights), with
+bfloat16, which has float32's range and needs no loss scaling (Kalamkar et al. 2019). torch.autocast
+around a step would take the products of the losses along, such as scores and Gram matrices; a
+loss then cannot forget to keep itself in float32.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def multiply_in_bf16(module: nn.Module) -> None:
+    """From now on every nn.Linear of `module` multiplies in bfloat16 while it trains.
+
+    It then gives bfloat16, and what is made of that alone, such as attention, is bfloat16 as
+    well. Parameters, their gradients and evaluation stay float32.
+    """
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = _Bf16Linear
+
+
+class _Bf16Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, in) of any floating dtype -> (…, out), bfloat16 in training."""
+        if not self.training:
+            return super().forward(input)
+        bias = None if self.bias is None else self.bias.bfloat16()
+        return F.linear(input.bfloat16(), self.weight.bfloat16(), bias)
