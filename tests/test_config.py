@@ -88,6 +88,11 @@ def _line(path: Path, *overrides: str) -> str:
             OBJECTIVE + OBJECTIVE,
             'pretrain: objective "masked_item" is given twice; merge the two',
         ),
+        (
+            '[[data.features]]\ncolumn = "age"\nof = "user"\nkind = "numeric"\nencoder = "e5"',
+            "data.features[0]: an encoder is for the texts of users and items, age is numeric of "
+            "user; drop the encoder",
+        ),
         ("[finetune.ranking]\nlos = 1", 'finetune.ranking.los: unknown key; did you mean "loss"?'),
     ],
 )
