@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A copy of MovieLens-100K of your own: GroupLens' folder, or one with ml-100k.inter, .user, .item.
 ML100K ?=
+# The folder data of https://github.com/RUCAIBox/CIKM2020-S3Rec, for reproduce.
+S3REC ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo demo-ray test check bench soak cuda-build clean
+.PHONY: help setup data demo demo-ray test check bench reproduce soak cuda-build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  ML100K=PATH     demo: use your own copy of MovieLens-100K"
+	@echo "  S3REC=PATH      reproduce: the folder with S3-Rec's Beauty.txt and LastFM.txt"
 	@echo "  PYTHON=PATH     setup: the Python (3.10 or newer) to make .venv with"
 
 setup: ## make .venv, install everything, build the operators (a second call is instant)
@@ -35,6 +38,9 @@ check: setup ## lint, formatting and types
 
 bench: setup ## run every benchmark; results go to benchmarks/results
 	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+
+reproduce: setup ## run every recipe over its seeds and the comparisons; writes docs/results.md (hours)
+	$(BIN)/python benchmarks/reproduce.py $(if $(S3REC),--s3rec "$(S3REC)")
 
 soak: setup ## run the long tests
 	$(BIN)/python -m pytest -m soak

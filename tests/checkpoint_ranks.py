@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torchrec_pt.saver as saver_module
-from torchrec_pt.build import build_learner, build_objectives
+from torchrec_pt.build import build_learner
 from torchrec_pt.checkpoint import Checkpoint
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, gather_objects, joined_ranks
+from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.saver import Saver
 from torchrec_pt.transfer import Numbering, continue_training, model_tensors, optimizer_tensors

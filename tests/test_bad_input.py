@@ -393,6 +393,19 @@ def test_a_log_of_which_nobody_can_be_evaluated_is_refused_before_training(
     assert_prepares(call, run)
 
 
+def test_candidates_that_cannot_be_read_are_refused_before_training(
+    call: Call, tmp_path: Path
+) -> None:
+    run = Run(tmp_path)
+    run.log.write_text(GOOD)
+    given = tmp_path / "given.parquet"
+    path = run.configure(more=f'{PRETRAIN}[evaluate]\ncandidates = {{ path = "{given}" }}\n')
+    refused = f"torchrec-pt: evaluate.candidates.path: there is no file {given}; check the path"
+    done = call("run", path)
+    assert (done.code, done.complained) == (2, [refused])
+    assert not [name for name in run.left() if "pretrain" in name]
+
+
 def test_a_split_without_test_rows_trains_but_a_whole_run_is_refused_before(
     call: Call, tmp_path: Path
 ) -> None:

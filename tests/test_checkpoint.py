@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 
 from tests.conftest import tiny_config
-from torchrec_pt.build import Built, build_learner, build_objectives
+from torchrec_pt.build import Built, build_learner
 from torchrec_pt.checkpoint import Checkpoint, CheckpointError, parts_of
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, joined_ranks
+from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.saver import Saver
 from torchrec_pt.transfer import model_tensors, optimizer_tensors

@@ -93,6 +93,26 @@ def _line(path: Path, *overrides: str) -> str:
             "data.features[0]: an encoder is for the texts of users and items, age is numeric of "
             "user; drop the encoder",
         ),
+        (
+            "[evaluate]\ncandidates = { nun = 99 }",
+            'evaluate.candidates.nun: unknown key; did you mean "num"?',
+        ),
+        (
+            "[evaluate]\ncandidates = { num = 0 }",
+            "evaluate.candidates.num: input should be greater than or equal to 1, given 0",
+        ),
+        (
+            "[evaluate]\ncandidates = {}",
+            "evaluate.candidates: needs num, to draw candidates, or path, to read them; give one",
+        ),
+        (
+            '[evaluate]\ncandidates = { num = 9, path = "c.parquet" }',
+            "evaluate.candidates: needs num, to draw candidates, or path, to read them; give one",
+        ),
+        (
+            '[evaluate]\ncandidates = { seed = 1, path = "c.parquet" }',
+            "evaluate.candidates: seed is of drawn candidates; leave it out beside path",
+        ),
         ("[finetune.ranking]\nlos = 1", 'finetune.ranking.los: unknown key; did you mean "loss"?'),
     ],
 )
@@ -238,6 +258,7 @@ def test_any_changed_value_changes_the_digest() -> None:
         "ffn_dim": 7,
         "max_length": 9,
         "attention": "causal",
+        "positions": "rotary",
         "dropout": 0.3,
         "similarity": "cosine",
         "item_content": False,

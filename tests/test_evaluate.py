@@ -19,7 +19,7 @@ from torchrec_pt.config import TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, joined_ranks
-from torchrec_pt.evaluate import HeldOut, held_out, rank_targets
+from torchrec_pt.evaluate import HeldOut, held_out, rank_targets, rank_targets_twice
 from torchrec_pt.metrics import ranking_metrics
 from torchrec_pt.scoring import ModelScorer, top_items
 
@@ -97,6 +97,38 @@ def test_ranks_are_those_of_a_full_sort(ranks: Ranks, num_targets: int, batch_si
     scores, asked = _asked(num_targets)
     found = _rank(scores, asked, NUM_ITEMS, ranks, batch_size)
     assert _rows(found) == _naive_ranks(scores, asked)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+@pytest.mark.parametrize("num_targets", [1, 6])
+def test_ranks_among_candidates_are_those_of_a_full_sort(
+    ranks: Ranks, num_targets: int, batch_size: int
+) -> None:
+    scores, asked = _asked(num_targets)
+    draw = np.random.default_rng(9)
+    # Any items, those seen and the targets among them; for some targets none, for some all.
+    candidates = [
+        draw.permutation(NUM_ITEMS)[: draw.integers(NUM_ITEMS + 1)].tolist()
+        for _ in asked.targets.values
+    ]
+    parts = torch.arange(len(asked.users)) // 10
+    over_all, among = rank_targets_twice(
+        _Scores(scores), asked, _jagged(candidates), parts, NUM_ITEMS, ranks, batch_size
+    )
+    assert _rows(over_all) == _naive_ranks(scores, asked)
+    expected = []
+    for user, target, others in zip(
+        asked.users[asked.targets.rows].tolist(),
+        asked.targets.values.tolist(),
+        candidates,
+        strict=True,
+    ):
+        row = scores[user].numpy()
+        listed = np.array(sorted({*others, target}))
+        order = listed[np.lexsort((listed, -row[listed]))]
+        expected.append(order.tolist().index(target) + 1)
+    assert among.values.tolist() == expected
+    assert torch.equal(among.offsets, asked.targets.offsets)
 
 
 def test_a_target_that_was_seen_before_is_a_candidate(ranks: Ranks) -> None:

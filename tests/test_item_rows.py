@@ -132,7 +132,7 @@ def test_tables_of_features_whose_values_were_numbered_otherwise_begin_anew(
         assert ("new 1 (backbone 1); dropped 1 (backbone 1)" in said) == (not taken)
 
 
-@pytest.mark.parametrize("backbone", ["transformer", "two_tower"])
+@pytest.mark.parametrize("backbone", ["transformer", "two_tower", "autoencoder"])
 def test_every_tensor_of_a_model_that_has_one_row_an_item_is_named(
     cycle_folder: Path, cycle_with_features: PreparedDataset, ranks: Ranks, backbone: str
 ) -> None:

@@ -25,6 +25,7 @@ from torchrec_pt.metrics import (
     paired_difference,
     ranking_metrics,
     rating_metrics,
+    sampled_ranking_metrics,
 )
 
 NUM_ITEMS, NUM_USERS = 40, 60
@@ -48,6 +49,26 @@ def _ranks(scores: list[Tensor], relevant: list[Tensor]) -> Jagged:
     ]
     lengths = torch.tensor([len(ranks) for ranks in found])
     return Jagged.from_lengths(torch.cat(found), lengths)
+
+
+def test_sampled_metrics_are_means_over_lists_of_one_relevant_item_each() -> None:
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(1, 101, num).tolist() for num in draw.integers(1, 6, NUM_USERS)]
+    ranks = Jagged.from_lengths(
+        torch.tensor([rank for row in rows for rank in row]), torch.tensor([len(r) for r in rows])
+    )
+    got = sampled_ranking_metrics(ranks, (1, 10))
+    assert list(got) == ["hr@1", "ndcg@1", "hr@10", "ndcg@10", "mrr"]
+    expected = {
+        "hr@1": [np.mean([rank == 1 for rank in row]) for row in rows],
+        "hr@10": [np.mean([rank <= 10 for rank in row]) for row in rows],
+        "ndcg@10": [np.mean([(r <= 10) / math.log2(r + 1) for r in row]) for row in rows],
+        "mrr": [np.mean([1 / rank for rank in row]) for row in rows],
+    }
+    for name, values in expected.items():
+        # Sums of a few doubles, in another order.
+        np.testing.assert_allclose(got[name].numpy(), values, rtol=1e-12)
+    assert torch.equal(got["hr@1"], got["ndcg@1"])
 
 
 @pytest.mark.parametrize("k", [1, 3, 10, NUM_ITEMS])

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from tests.conftest import tiny_config
+from tests.conftest import FEATURES, tiny_config
 from torchrec_pt import Recommender, cli, export_embeddings, pipeline
 from torchrec_pt.build import Built, build_learner
 from torchrec_pt.checkpoint import Checkpoint
@@ -24,8 +24,10 @@ from torchrec_pt.config import Contrastive, RunConfig, ShowConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import join_ranks
 from torchrec_pt.runs import load_result, load_run_config, served_stage
+from torchrec_pt.tables import print_evaluation
 from torchrec_pt.transfer import Numbering, TransferReport, load_pretrained
 
+WHAT = ("items", "users")
 PAIRS = {"epochs": 2, "batch_size": 10, "warmup_steps": 0, "control": "scratch"}
 
 
@@ -53,7 +55,11 @@ def finished(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
             "ctr": {**PAIRS, "positive_rating": 3},
             "rating": PAIRS,
         },
-        evaluate={"ks": [1, 10], "baselines": ["popularity", "item_knn", "biases"]},
+        evaluate={
+            "ks": [1, 10],
+            "baselines": ["popularity", "item_knn", "biases"],
+            "candidates": {"num": 9},
+        },
         export={"formats": ["parquet", "npy"]},
     ).model_copy(update={"run_dir": tmp_path_factory.mktemp("finished")})
     pipeline.run(config)
@@ -75,7 +81,7 @@ def test_the_table_has_every_model_and_the_fine_tuned_one_learned_the_circle(
 
 def test_every_task_has_its_control_and_their_paired_difference(finished: RunConfig) -> None:
     written = json.loads((finished.run_dir / "evaluate/result.json").read_text())
-    assert list(written) == ["ranking", "ctr", "rating"]
+    assert list(written) == ["ranking", "sampled_ranking", "ctr", "rating"]
     for task, metric_names in (("ctr", ["auc", "logloss"]), ("rating", ["rmse", "mae"])):
         metrics, control = written[task]["metrics"], written[task]["control"]
         assert list(metrics) == ["biases", "scratch", "fine-tuned"]
@@ -85,6 +91,33 @@ def test_every_task_has_its_control_and_their_paired_difference(finished: RunCon
                 metrics["fine-tuned"][name] - metrics["scratch"][name]
             )
             assert half_width > 0
+
+
+def test_both_protocols_are_judged_of_every_model_and_shown(finished: RunConfig) -> None:
+    evaluation = pipeline.evaluate(finished)
+    over_all, sampled = evaluation["ranking"], evaluation["sampled_ranking"]
+    assert list(over_all.metrics) == list(sampled.metrics)
+    assert sampled.protocol == "each test item among 9 drawn ones that its user never took"
+    per_user = pl.read_parquet(finished.run_dir / "evaluate/sampled_ranking.parquet")
+    for model, metrics in sampled.metrics.items():
+        assert list(metrics) == ["hr@1", "ndcg@1", "hr@10", "ndcg@10", "mrr"]
+        assert metrics["hr@10"] == 1  # a list has ten items
+        assert metrics["mrr"] > over_all.metrics[model]["mrr"]
+        assert per_user[f"{model} mrr"].mean() == pytest.approx(metrics["mrr"])
+    difference, half_width = sampled.control["mrr"]
+    gap = sampled.metrics["fine-tuned"]["mrr"] - sampled.metrics["scratch"]["mrr"]
+    assert difference == pytest.approx(gap)
+    assert half_width > 0
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_evaluation(evaluation, console)
+    screen = " ".join(console.export_text().split())
+    page = (finished.run_dir / "report.html").read_text()
+    for each in (over_all, sampled):
+        assert each.protocol in screen
+        assert each.protocol in page
+    assert "sampled NDCG@10" in screen
+    assert "<h3>sampled_ranking</h3>" in page
 
 
 def test_predictions_are_kept_beside_the_labels_of_the_input_file(
@@ -379,3 +412,45 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_an_autoencoder_serves_every_task_and_ranks_by_inner_product(
+    cycle_folder: Path, tmp_path: Path
+) -> None:
+    """Its table has 24 columns, its vectors 16, with an item's bias and a user's 1 at the end."""
+    steps = {"epochs": 2, "batch_size": 10, "warmup_steps": 0}
+    config = tiny_config(
+        cycle_folder,
+        FEATURES,
+        model={"backbone": "autoencoder", "dim": 16, "hidden_dims": [8], "row_dropout": 0.1},
+        pretrain={
+            **steps,
+            "epochs": 40,
+            "learning_rate": 0.02,
+            "validate_every": 10,
+            "objectives": [
+                {"name": "autoencoder"},
+                {"name": "contrastive", "pairs": "user_item", "weight": 0.1},
+            ],
+        },
+        finetune={"ranking": steps, "ctr": {**steps, "positive_rating": 3}, "rating": steps},
+        evaluate={"ks": [10], "baselines": ["popularity"]},
+    ).model_copy(update={"run_dir": tmp_path})
+    pipeline.run(config)
+    written = json.loads((tmp_path / "evaluate/result.json").read_text())
+    assert list(written) == ["ranking", "ctr", "rating"]
+    metrics = written["ranking"]["metrics"]
+    assert metrics["pretrained"]["ndcg@10"] > 1.5 * metrics["popularity"]["ndcg@10"]
+    items, users = (pl.read_parquet(tmp_path / f"export/{what}.parquet") for what in WHAT)
+    item_vectors, user_vectors = (
+        torch.tensor(table["embedding"].to_list()) for table in (items, users)
+    )
+    assert item_vectors.shape == (30, 16)
+    assert (user_vectors[:, -1] == 1).all()
+    offered = Recommender.load(tmp_path).recommend(users["id"][4], k=7, exclude_seen=False)
+    scores = dict(zip(items["id"], (item_vectors @ user_vectors[4]).tolist(), strict=True))
+    assert [one.score for one in offered] == pytest.approx(
+        sorted(scores.values(), reverse=True)[:7], rel=1e-4
+    )
+    for one in offered:
+        assert one.score == pytest.approx(scores[one.item], rel=1e-4)

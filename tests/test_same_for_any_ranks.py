@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from tests.conftest import FEATURES, KINDS, tiny_config
@@ -47,13 +48,25 @@ def _write_log(path: Path, num_users: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+def _write_candidates(folder: Path) -> str:
+    path = folder / "candidates.parquet"
+    users = [user for user in range(5) for _ in range(20)]
+    items = [f"i{(37 * n) % (NUM_ITEMS + 50)}" for n in range(100)]
+    pl.DataFrame({"user": [f"u{user}" for user in users], "item": items}).write_parquet(path)
+    return str(path)
+
+
 def _case(folder: Path, num_users: int, split: dict[str, Any], **sections: Any) -> dict[str, Any]:
     folder.mkdir()
     _write_log(folder / "log.tsv", num_users)
     config = tiny_config(folder, FEATURES, **sections)
     raw = config.model_dump(mode="json")
     raw["data"]["split"] = split
-    raw["evaluate"] |= {"baselines": ["popularity", "item_knn", "biases"], "batch_size": 3}
+    raw["evaluate"] |= {
+        "baselines": ["popularity", "item_knn", "biases"],
+        "batch_size": 3,
+        "candidates": {"num": 99},
+    }
     raw["export"] = {"formats": ["parquet", "npy"]}
     return raw
 
@@ -70,6 +83,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         "few users": _case(folder / "c", 5, last, model=TRANSFORMER, finetune=bpr),
     }
+    configs["few users"]["evaluate"]["candidates"] = {"path": _write_candidates(folder / "c")}
     cases = {
         name: {"config": config, "user": "u3", "ranks": [1, *RANKS[name]]}
         for name, config in configs.items()
@@ -93,7 +107,7 @@ def test_several_ranks_evaluate_export_and_recommend_the_same_bytes(
     one, several = (_files(results / case / str(num)) for num in (1, num_ranks))
     assert one.keys() == several.keys()
     assert [name for name in one if one[name] != several[name]] == []
-    assert len(one) == 11
+    assert len(one) == 12
 
 
 def _files(folder: Path) -> dict[str, bytes]:

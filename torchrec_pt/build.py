@@ -1,4 +1,4 @@
-"""From a configuration and a dataset to modules: objectives, tasks, a backbone, a learner."""
+"""From a configuration and a dataset to modules: a task, a backbone, a learner."""
 
 from __future__ import annotations
 
@@ -16,14 +16,11 @@ from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.entity_features import load_entity_features, no_features
 from torchrec_pt.distributed import Ranks
 from torchrec_pt.learner import Learner
+from torchrec_pt.models.autoencoder import Autoencoder
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.item_content import ItemContent, RowHiding
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.models.two_tower import TwoTower
-from torchrec_pt.objectives.contrastive import ContrastiveObjective
-from torchrec_pt.objectives.item_softmax import SampledSoftmax
-from torchrec_pt.objectives.masked_item import MaskedItemObjective
-from torchrec_pt.objectives.next_item import NextItemObjective
 from torchrec_pt.placement import Placement, settle_placement
 from torchrec_pt.sharding import fill_item_table, shard
 from torchrec_pt.tasks.ctr import CtrTask
@@ -39,37 +36,6 @@ class Built:
     learner: Learner
     model: DistributedModelParallel
     placement: Placement
-
-
-def build_objectives(config: RunConfig, dataset: PreparedDataset) -> list[nn.Module]:
-    """The configured pretraining objectives.
-
-    Raises:
-        ValueError: none configured, or one that the backbone cannot serve.
-    """
-    if config.pretrain is None:
-        raise ValueError("pretrain: the configuration has no [pretrain] section; add one")
-    objectives: list[nn.Module] = []
-    for objective in config.pretrain.objectives:
-        if objective.name == "contrastive":
-            objectives.append(
-                ContrastiveObjective(objective, config.model, dataset.item_counts, seed=config.seed)
-            )
-            continue
-        softmax = None
-        if objective.negatives is not None:
-            softmax = SampledSoftmax(
-                objective.negatives,
-                dataset.item_counts,
-                seed=config.seed,
-                name=objective.name,
-                max_length=config.model.max_length,
-            )
-        if objective.name == "masked_item":
-            objectives.append(MaskedItemObjective(objective, config.model, softmax))
-        else:
-            objectives.append(NextItemObjective(objective, config.model, softmax))
-    return objectives
 
 
 def build_task(config: RunConfig, name: str, dataset: PreparedDataset) -> RankingTask | PairTask:
@@ -94,7 +60,8 @@ def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:
     """The configured backbone, initial values from torch's generator; the item table is empty.
 
     Raises:
-        ValueError: row_dropout, and nothing but their rows is known of the items.
+        ValueError: row_dropout, and nothing but their rows is known of the items; or positions by
+            time, and the data has none.
     """
     features = no_features("item", dataset.num_items)
     if model.item_content:
@@ -110,7 +77,14 @@ def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:
     if model.backbone == "two_tower":
         users = load_entity_features(dataset, "user")
         return TwoTower(model, dataset.num_items, users, features, hiding)
-    content = None if hiding is None else ItemContent(features, model.dim, hiding)
+    content = None if hiding is None else ItemContent(features, model.row_dim, hiding)
+    if model.backbone == "autoencoder":
+        return Autoencoder(model, dataset.num_items, content)
+    if model.positions == "relative_time" and dataset.timestamp is None:
+        raise ValueError(
+            'model.positions: "relative_time" needs times, data.columns.timestamp is not set; '
+            'set it, or use "rotary"'
+        )
     return Transformer(model, dataset.num_items, content)
 
 
@@ -136,7 +110,7 @@ def _build_unfilled(
 ) -> Built:
     """The same, but for the item table, which holds nothing yet."""
     table = config.model.item_table
-    placement = settle_placement(table, dataset.num_items, config.model.dim, ranks.device.type)
+    placement = settle_placement(table, dataset.num_items, config.model.row_dim, ranks.device.type)
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.model, dataset)
     learner = Learner(backbone, objectives, placement, ranks)

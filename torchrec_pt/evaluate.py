@@ -1,4 +1,4 @@
-"""What held-out interactions say: ranks over the full catalogue, predictions of pairs.
+"""What held-out interactions say: ranks over the full catalogue and among candidates, pairs.
 
 Users come in blocks. A rank encodes its own users; their vectors, seen items and targets travel,
 and each rank scores them against its own range of the catalogue, block by block. Of users × items
@@ -81,35 +81,74 @@ def rank_targets(
     Raises:
         ValueError: scores that are not finite, which no rank can be read from.
     """
+    none = torch.zeros_like(asked.targets.values)
+    candidates = Jagged.from_lengths(none[:0], none)
+    over_all, _ = rank_targets_twice(scorer, asked, candidates, parts, num_items, ranks, batch_size)
+    return over_all
+
+
+@torch.no_grad()
+def rank_targets_twice(
+    scorer: Scorer[Query],
+    asked: HeldOut,
+    candidates: Jagged,
+    parts: Tensor,
+    num_items: int,
+    ranks: Ranks,
+    batch_size: int,
+) -> tuple[Jagged, Jagged]:
+    """The ranks of `rank_targets`, and those that each target has among its own candidates.
+
+    Every score is computed once for both.
+
+    Args:
+        candidates: one row a target, in their order, of distinct items, seen or not; the target
+            itself does not count.
+    """
     items = own_items(num_items, ranks)
-    counted = [asked.targets.values[:0]]
+    places = asked.targets.with_values(torch.arange(len(asked.targets.values)))
+    counted = [asked.targets.values.new_zeros(0, 2)]
     for rows in row_blocks(parts, batch_size, ranks):
         blocks = zip(
             gather_blocks(scorer.queries(asked.users[rows]).to(ranks.device)),
             gather_blocks(asked.seen.select(rows).to(ranks.device)),
             gather_blocks(asked.targets.select(rows).to(ranks.device)),
+            gather_blocks(candidates.select(places.select(rows).values).to(ranks.device)),
             strict=True,
         )
         found = [_rank_block(scorer, *block, items) for block in blocks]
         counted.append(found[ranks.rank].cpu())
-    return asked.targets.with_values(torch.cat(counted))
+    over_all, among = torch.cat(counted).unbind(1)
+    return asked.targets.with_values(over_all), asked.targets.with_values(among)
 
 
 def _rank_block(
-    scorer: Scorer[Query], queries: Query, seen: Jagged, targets: Jagged, items: range
+    scorer: Scorer[Query],
+    queries: Query,
+    seen: Jagged,
+    targets: Jagged,
+    candidates: Jagged,
+    items: range,
 ) -> Tensor:
-    """(T,) int64 ranks of the targets of one block of users, whom all ranks score together."""
+    """(T, 2) int64 ranks of the targets of one block of users, whom all ranks score together.
+
+    The first is over the catalogue, the second among the target's candidates.
+    """
     row, item, wanted = targets.rows, targets.values, ByItem(targets)
-    own = torch.zeros(len(row), device=row.device)
+    named = torch.cat([item, candidates.values])
+    named_row = torch.cat([row, row[candidates.rows]])
+    by_item = ByItem(Jagged.stack([targets, candidates]))
+    named_scores = torch.zeros(len(named), device=row.device)
     kept: dict[int, Tensor] = {}
     for block in item_blocks(items):
-        here = wanted.within(block)
+        here = by_item.within(block)
         if len(here):
             scores = scorer.scores(queries, block).to(row.device)
-            own[here] = scores[row[here], item[here] - block.start]
+            named_scores[here] = scores[named_row[here], named[here] - block.start]
             if len(kept) < MOST_KEPT_BLOCKS:
                 kept[block.start] = scores
-    own = sum_over_ranks(own)
+    own, others = sum_over_ranks(named_scores).split([len(item), len(candidates.values)])
+    among = _count_candidates_ahead(own, others, item, candidates)
 
     hidden = ByItem(seen)
     counts = row.new_zeros(len(row) + 1)  # items ahead of each target; scores that are not finite
@@ -128,7 +167,7 @@ def _rank_block(
     counts = sum_over_ranks(counts)
     if counts[-1]:
         raise ValueError("ranking: the model's scores are not finite; lower the learning rate")
-    return counts[:-1] + 1
+    return torch.stack([counts[:-1], among], dim=1) + 1
 
 
 def _count_ahead(scores: Tensor, own: Tensor, place: Tensor) -> Tensor:
@@ -136,6 +175,16 @@ def _count_ahead(scores: Tensor, own: Tensor, place: Tensor) -> Tensor:
     columns = torch.arange(scores.shape[1], device=scores.device)
     is_tied_before = (scores == own) & (columns < place.unsqueeze(1))
     return ((scores > own) | is_tied_before).sum(1)
+
+
+def _count_candidates_ahead(
+    own: Tensor, scores: Tensor, item: Tensor, candidates: Jagged
+) -> Tensor:
+    """(T,) int64: candidates, of these scores, that stand before their target `item` (T,)."""
+    target = candidates.rows
+    is_tied_before = (scores == own[target]) & (candidates.values < item[target])
+    is_ahead = (scores > own[target]) | is_tied_before
+    return torch.zeros_like(item).index_add(0, target, is_ahead.long())
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,24 @@ from torch import Tensor
 
 from torchrec_pt.baselines import ItemKnn, Popularity
 from torchrec_pt.build import build_task, load_learner
+from torchrec_pt.candidates import load_candidates
+from torchrec_pt.config import Candidates
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.manifest import Manifest
-from torchrec_pt.evaluate import gather_by_user, held_out, predict_pairs, rank_targets
-from torchrec_pt.metrics import Estimate, mean_estimate, paired_difference, ranking_metrics
+from torchrec_pt.evaluate import (
+    gather_by_user,
+    held_out,
+    predict_pairs,
+    rank_targets,
+    rank_targets_twice,
+)
+from torchrec_pt.metrics import (
+    Estimate,
+    mean_estimate,
+    paired_difference,
+    ranking_metrics,
+    sampled_ranking_metrics,
+)
 from torchrec_pt.runs import finished_stages
 from torchrec_pt.scoring import ModelScorer, Scorer
 from torchrec_pt.stages import Stage
@@ -32,41 +47,75 @@ class TaskEvaluation:
     metrics: one row a model: name -> metric -> value on the test split.
     control: metric -> (fine-tuned − scratch, half-width of its 95 % interval, paired over
         users); empty without a control.
+    protocol: of rankings, what a test item is ranked against.
     """
 
     metrics: dict[str, dict[str, float]]
     control: dict[str, tuple[float, float]]
+    protocol: str = ""
 
 
-def evaluate_ranking(stage: Stage, dataset: PreparedDataset) -> tuple[TaskEvaluation, Detail]:
-    """Rank every test item over the full catalogue, by each trained model and each baseline.
+def evaluate_ranking(
+    stage: Stage, dataset: PreparedDataset
+) -> dict[str, tuple[TaskEvaluation, Detail]]:
+    """Rank every test item, by each trained model and each baseline.
 
+    Returns:
+        "ranking", over the full catalogue; with `evaluate.candidates` "sampled_ranking" besides,
+        each test item among its candidates.
     Raises:
-        ValueError: no test interactions.
+        ValueError: no test interactions, or candidates that cannot be read.
     """
     _require(dataset.manifest)
     asked = held_out(dataset, "test")
     parts, users = dataset.part_of_user[asked.users], dataset.user_ids[asked.users]
-    batch_size = stage.config.evaluate.batch_size
-    per_user: dict[str, dict[str, Tensor]] = {}
+    config = stage.config.evaluate
+    block = (parts, dataset.num_items, stage.ranks, config.batch_size)
+    candidates = None
+    protocols = {"ranking": "each test item among all items that its user did not take before"}
+    if config.candidates is not None:
+        candidates, notice = load_candidates(config.candidates, dataset, asked, stage.ranks)
+        protocols["sampled_ranking"] = _protocol(config.candidates)
+        if notice is not None:
+            stage.say(f"evaluate: {notice}")
+    per_user: dict[str, dict[str, dict[str, Tensor]]] = {task: {} for task in protocols}
     for name, scorer in _scorers(stage, dataset):
-        found = rank_targets(scorer, asked, parts, dataset.num_items, stage.ranks, batch_size)
-        everyone, (found,) = gather_by_user(users, [found], stage.ranks)
-        per_user[name] = ranking_metrics(found, stage.config.evaluate.ks)
-    columns = {
-        f"{name} {metric}": values.numpy()
-        for name, each in per_user.items()
-        for metric, values in each.items()
+        if candidates is None:
+            found = [rank_targets(scorer, asked, *block)]
+        else:
+            found = [*rank_targets_twice(scorer, asked, candidates, *block)]
+        everyone, (over_all, *among) = gather_by_user(users, found, stage.ranks)
+        per_user["ranking"][name] = ranking_metrics(over_all, config.ks)
+        for sampled in among:
+            per_user["sampled_ranking"][name] = sampled_ranking_metrics(sampled, config.ks)
+
+    def detail(task: str) -> pl.DataFrame:
+        columns = {
+            f"{name} {metric}": values.numpy()
+            for name, each in per_user[task].items()
+            for metric, values in each.items()
+        }
+        return pl.DataFrame({"user": dataset.external_user_ids()[everyone.numpy()], **columns})
+
+    return {
+        task: (_of_users(per_user[task], protocol), functools.partial(detail, task))
+        for task, protocol in protocols.items()
     }
+
+
+def _protocol(candidates: Candidates) -> str:
+    if candidates.path is not None:
+        return f"each test item among its user's candidates in {candidates.path}"
+    return f"each test item among {candidates.num} drawn ones that its user never took"
+
+
+def _of_users(per_user: dict[str, dict[str, Tensor]], protocol: str) -> TaskEvaluation:
+    """Means of metrics: model -> metric -> (num_users,)."""
     estimates = {
         name: {metric: mean_estimate(values) for metric, values in each.items()}
         for name, each in per_user.items()
     }
-
-    def detail() -> pl.DataFrame:
-        return pl.DataFrame({"user": dataset.external_user_ids()[everyone.numpy()], **columns})
-
-    return _summary(estimates), detail
+    return _summary(estimates, protocol)
 
 
 def _scorers(stage: Stage, dataset: PreparedDataset) -> Iterator[tuple[str, Scorer[Any]]]:
@@ -134,7 +183,7 @@ def _arms(task: str) -> dict[str, str]:
     }
 
 
-def _summary(estimates: dict[str, dict[str, Estimate]]) -> TaskEvaluation:
+def _summary(estimates: dict[str, dict[str, Estimate]], protocol: str = "") -> TaskEvaluation:
     control = {}
     if {"fine-tuned", "scratch"} <= estimates.keys():
         control = {
@@ -145,7 +194,7 @@ def _summary(estimates: dict[str, dict[str, Estimate]]) -> TaskEvaluation:
         model: {metric: estimate.value for metric, estimate in each.items()}
         for model, each in estimates.items()
     }
-    return TaskEvaluation(metrics, control)
+    return TaskEvaluation(metrics, control, protocol)
 
 
 def _require(manifest: Manifest) -> None:

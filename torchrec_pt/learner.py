@@ -77,7 +77,8 @@ class Learner(nn.Module):
     def draw(self, rows: Rows) -> Batch:
         """This rank's batch of a step; reads no parameter, so it may run ahead of training."""
         draws = {objective.name: objective.draw(rows) for objective in self._objectives()}
-        return assemble(rows, draws, self._catalogue_range if self._looks_up_catalogue else None)
+        catalogue = self._catalogue_range if self._looks_up_catalogue else None
+        return assemble(rows, draws, catalogue, with_times=self.backbone.reads_times)
 
     def forward(self, batch: Batch) -> StepLoss:
         loss: StepLoss = self._untraced_loss(batch, self.backbone.items(batch.ids))

@@ -50,6 +50,24 @@ def ranking_metrics(ranks: Jagged, ks: Sequence[int]) -> dict[str, Tensor]:
     return metrics
 
 
+def sampled_ranking_metrics(ranks: Jagged, ks: Sequence[int]) -> dict[str, Tensor]:
+    """Metrics of each user whose relevant items came out at these ranks, each in a list of its own.
+
+    Args:
+        ranks: one row a user, non-empty; (T,) int64 ranks from 1.
+    Returns:
+        (num_users,) float64 each, means over the user's lists: "hr@k", "ndcg@k", and "mrr". With
+        one relevant item a list, recall@k would be hr@k.
+    """
+    one_each = torch.arange(len(ranks.values) + 1)
+    return {
+        name: torch.zeros(ranks.num_rows, dtype=torch.float64).index_add(0, ranks.rows, values)
+        / ranks.lengths
+        for name, values in ranking_metrics(Jagged(ranks.values, one_each), ks).items()
+        if not name.startswith("recall@")
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class Estimate:
     """A metric over users.

@@ -31,11 +31,8 @@ class Optimizers:
         placement: Placement,
         num_steps: int,
     ) -> None:
-        if config.clip_norm is not None and placement.fused is not None:
-            raise ValueError(
-                "clip_norm: a sharded table is updated inside backward, before a global norm is "
-                'known; drop clip_norm, or set model.item_table.placement to "replicated"'
-            )
+        if placement.fused is not None:
+            _refuse_what_fused_tables_lack(config)
         self.config = config
         self.num_steps = num_steps
         self.fused = model.fused_optimizer
@@ -104,6 +101,19 @@ class Optimizers:
                 saved = _own_state(values) if is_own else values
                 found |= {f"{name}.{what}": value for what, value in saved.items()}
         return found
+
+
+def _refuse_what_fused_tables_lack(config: TrainConfig) -> None:
+    reasons = {
+        "clip_norm": "is updated inside backward, before a global norm is known",
+        "average_decay": "is updated inside backward, row by row, and has no average",
+    }
+    for name, reason in reasons.items():
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name}: a sharded table {reason}; drop {name}, or set "
+                'model.item_table.placement to "replicated"'
+            )
 
 
 def schedule_factor(config: TrainConfig, step: int, num_steps: int) -> float:

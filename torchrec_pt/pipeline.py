@@ -13,17 +13,20 @@ from pathlib import Path
 import torch.distributed as dist
 from rich.console import Console
 
-from torchrec_pt.build import build_objectives, build_task
-from torchrec_pt.config import RunConfig, ShowConfig
+from torchrec_pt.build import build_task
+from torchrec_pt.candidates import read_candidates
+from torchrec_pt.config import EvaluateConfig, RunConfig, ShowConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.manifest import notices, require_rows
 from torchrec_pt.data.prepare import is_prepared_from
 from torchrec_pt.data.prepare import prepare as prepare_dataset
 from torchrec_pt.distributed import joined_ranks, raised_together
+from torchrec_pt.evaluate import held_out
 from torchrec_pt.evaluation import TaskEvaluation, evaluate_pairs, evaluate_ranking
 from torchrec_pt.export import export_embeddings
 from torchrec_pt.files import whole_file, write_json
+from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.recommender import Recommendation, Recommender, find_user
 from torchrec_pt.runs import StageResult, finished_stages
 from torchrec_pt.stages import Stage, entered, train_stage
@@ -133,7 +136,7 @@ def finetune(
         return results
 
 
-# Task -> what its models reached on the test split
+# Task, or "sampled_ranking" -> what its models reached on the test split
 Evaluation = dict[str, TaskEvaluation]
 
 
@@ -149,13 +152,15 @@ def evaluate(config: RunConfig, console: Console | None = None) -> Evaluation:
         folder = config.run_dir / "evaluate"
         for task in dict.fromkeys(["ranking", *config.finetune.tasks]):
             if task == "ranking":
-                evaluation[task], detail = evaluate_ranking(stage, dataset)
+                found = evaluate_ranking(stage, dataset)
             else:
-                evaluation[task], detail = evaluate_pairs(stage, dataset, task)
-            with raised_together():
-                if stage.ranks.is_first:
-                    with whole_file(folder / f"{task}.parquet") as partial:
-                        detail().write_parquet(partial, use_pyarrow=True)
+                found = {task: evaluate_pairs(stage, dataset, task)}
+            for name, (result, detail) in found.items():
+                evaluation[name] = result
+                with raised_together():
+                    if stage.ranks.is_first:
+                        with whole_file(folder / f"{name}.parquet") as partial:
+                            detail().write_parquet(partial, use_pyarrow=True)
         with raised_together():
             if stage.ranks.is_first:
                 write_json(folder / "result.json", {t: asdict(e) for t, e in evaluation.items()})
@@ -212,6 +217,7 @@ def run(config: RunConfig, console: Console | None = None) -> RunResult:
         dataset = prepare(config, console)
         require_rows(dataset.manifest, "test")
         _check_show(config.show, dataset)
+        _check_candidates(config.evaluate, dataset)
         pretrain(config, console)
         if config.finetune.tasks:
             finetune(config, console)
@@ -229,3 +235,10 @@ def _check_show(show: ShowConfig, dataset: PreparedDataset) -> None:
         find_user(dataset, show.user)
     if show.title is not None and show.title not in dataset.items.columns:
         raise ValueError(f'show.title: no item feature "{show.title}"; declare it in data.features')
+
+
+def _check_candidates(evaluate: EvaluateConfig, dataset: PreparedDataset) -> None:
+    """Before anything is trained: the file of candidates can be used."""
+    if evaluate.candidates is not None and evaluate.candidates.path is not None:
+        with raised_together():
+            read_candidates(evaluate.candidates.path, dataset, held_out(dataset, "test").users)

@@ -24,6 +24,7 @@ from torchrec_pt.metrics import LOSSES
 from torchrec_pt.runs import StageResult, load_result
 
 TASKS = ("ranking", "ctr", "rating")
+EVALUATED = ("ranking", "sampled_ranking", "ctr", "rating")
 
 # Tones that can be read on white and on near-black; the template gives text the page's colour.
 GREY = "#808080"
@@ -58,8 +59,11 @@ def write_report(run_dir: Path) -> Path:
     stages = _load_stages(run_dir, config)
     finished = [result for arms in stages.values() for result in arms.values() if result]
     evaluation = _read_object(run_dir / "evaluate" / "result.json") or {}
-    evaluated = {task: evaluation[task] for task in TASKS if task in evaluation}
-    comparisons = {task: _compare(task, **found) for task, found in evaluated.items()}
+    evaluated = {task: evaluation[task] for task in EVALUATED if task in evaluation}
+    comparisons = {
+        task: _compare(task, found["metrics"], found["control"])
+        for task, found in evaluated.items()
+    }
     environment = Environment(
         loader=PackageLoader("torchrec_pt"),
         autoescape=True,
@@ -76,6 +80,7 @@ def write_report(run_dir: Path) -> Path:
         comparisons=comparisons,
         forest=_draw_forest([one for each in comparisons.values() for one in each]),
         models={task: found["metrics"] for task, found in evaluated.items()},
+        protocols={task: found.get("protocol") for task, found in evaluated.items()},
         best={task: _best_values(found["metrics"]) for task, found in evaluated.items()},
         smaller_is_better=LOSSES,
         curves={name: _draw_curves(name, arms) for name, arms in stages.items()},

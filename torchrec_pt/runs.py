@@ -4,8 +4,9 @@
 <run_dir>/config.json          the resolved configuration
 <run_dir>/pretrain/            checkpoints/, tensorboard/, plan.json, result.json
 <run_dir>/finetune/<task>/     pretrained/ and scratch/, each like pretrain/
-<run_dir>/evaluate/            result.json; ranking.parquet (metrics of each user), ctr.parquet and
-                               rating.parquet (each test interaction with its predictions)
+<run_dir>/evaluate/            result.json; ranking.parquet and sampled_ranking.parquet (metrics of
+                               each user), ctr.parquet and rating.parquet (each test interaction
+                               with its predictions)
 <run_dir>/export/              items and users, .parquet or .npy
 <run_dir>/report.html          all of it on one page
 """
@@ -102,7 +103,7 @@ def stage_fingerprint(
     parts = (
         dataset.manifest.fingerprint,
         config.model.digest(exclude=frozenset({"item_table"})),
-        settle_optimizer(table, dataset.num_items, config.model.dim),
+        settle_optimizer(table, dataset.num_items, config.model.row_dim),
         table.learning_rate or train.learning_rate,
         train.digest(exclude=_NOT_IN_FINGERPRINT),
         config.seed,

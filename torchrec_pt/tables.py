@@ -14,15 +14,24 @@ from torchrec_pt.pipeline import Evaluation, RunResult
 # What the screen shows of each task; result.json and report.html hold the rest.
 SHOWN = {
     "ranking": ("ndcg@10", "hr@10"),
+    "sampled_ranking": ("ndcg@10", "hr@10"),
     "ctr": ("auc", "logloss"),
     "rating": ("rmse", "mae"),
 }
+SHORT = {"sampled_ranking": "sampled"}  # no wider than the other tasks
 TRAINED = ("pretrained", "scratch", "fine-tuned")
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """One row a metric: the best baseline, the control, the pretrained model, what it gave."""
-    caption = "difference: pretrained − scratch, ± 95 % paired over users"
+    notes = ["difference: pretrained − scratch, ± 95 % paired over users"]
+    if "sampled_ranking" in evaluation:
+        notes += [
+            f"{SHORT.get(task, task)}: {one.protocol}"
+            for task, one in evaluation.items()
+            if one.protocol
+        ]
+    caption = "\n".join(notes)
     table = Table(title="On the test split", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("task", "metric"):
         table.add_column(name, no_wrap=True)
@@ -32,7 +41,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         known = next(iter(result.metrics.values()), {})
         shown = [metric for metric in SHOWN[task] if metric in known] or list(known)
         for metric in shown:
-            table.add_row(task, metric.upper(), *_cells(result, metric))
+            table.add_row(SHORT.get(task, task), metric.upper(), *_cells(result, metric))
         table.add_section()
     console.print(table)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 
 from torchrec_pt import checkpoint
+from torchrec_pt.averaging import AveragedWeights
 from torchrec_pt.checkpoint import Checkpoint, CheckpointError
 from torchrec_pt.config import TrainConfig
 from torchrec_pt.data.batch import Batch, Rows
@@ -95,6 +96,9 @@ class Trainer:
         self.ranks = ranks
         self.console = console
         self.position = Position()
+        self._averaged: AveragedWeights | None = None
+        if config.average_decay is not None:
+            self._averaged = AveragedWeights(optimizers.parameters, config.average_decay)
         self._saver = Saver(
             self._checkpoints,
             numbering.items,
@@ -196,6 +200,8 @@ class Trainer:
         loss, taken = self._forward(self.learner.draw(rows).to(self.ranks.device))
         loss.backward()
         self.optimizers.step()
+        if self._averaged is not None:
+            self._averaged.update(self.position.step)
         return taken
 
     def _forward(self, batch: Batch) -> tuple[Tensor, TakenStep]:
@@ -233,7 +239,8 @@ class Trainer:
         self, validate: Validate, losses: dict[str, float], writer: EventFile | None
     ) -> None:
         self.model.eval()
-        metrics = validate()
+        with contextlib.nullcontext() if self._averaged is None else self._averaged.in_place():
+            metrics = validate()
         position = self.position
         position.curve.append(
             {"epoch": position.epoch, "step": position.step, "losses": losses, "metrics": metrics}
@@ -302,7 +309,8 @@ class Trainer:
         return target
 
     def _tensors(self) -> dict[str, Tensor]:
-        return model_tensors(self.model) | optimizer_tensors(self.optimizers)
+        averaged = {} if self._averaged is None else self._averaged.tensors()
+        return model_tensors(self.model) | averaged | optimizer_tensors(self.optimizers)
 
     def _say(self, text: str) -> None:
         if self.console is not None:

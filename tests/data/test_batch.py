@@ -71,6 +71,19 @@ def test_a_step_without_ids() -> None:
     assert batch.split(vectors, "a").vectors["history"].values.shape == (0, DIM)
 
 
+def test_times_travel_with_their_segments_where_they_are_asked_for() -> None:
+    histories = DRAWS["a"].lookups["history"]
+    timed = Jagged(histories.values, histories.offsets, 10.0 * histories.values.double())
+    draws = {**DRAWS, "a": Draw({"history": timed, "target": DRAWS["a"].lookups["target"]})}
+    batch = assemble(rows_of([2, 0, 1]), draws, None, with_times=True).to(torch.device("cpu"))
+    found = batch.split(torch.zeros(len(batch.places), DIM), "a")
+    for part in (found.ids["history"], found.vectors["history"]):
+        assert part.times is not None
+        assert part.times.tolist() == [70, 30, 70, 30]
+    assert found.ids["target"].times is None
+    assert assemble(rows_of([2, 0, 1]), draws, None).times == {}
+
+
 def test_it_moves_whole() -> None:
     moved = batch_of((5, 9)).to(torch.device("meta"))
     assert moved.places.is_meta

@@ -32,6 +32,15 @@ def as_pairs(data: Jagged) -> Jagged:
     return data.with_values(torch.stack([data.values, data.values + 10], dim=1))
 
 
+def timed(data: Jagged) -> Jagged:
+    """Every value at a time that tells it."""
+    return Jagged(data.values, data.offsets, 10.0 * data.values.double())
+
+
+def has_own_times(data: Jagged) -> bool:
+    return data.times is not None and torch.equal(data.times, 10.0 * data.values.double())
+
+
 def plain(data: Jagged) -> list[list[Any]]:
     assert data.offsets.dtype == torch.int64
     assert data.offsets[-1] == len(data.values)
@@ -126,7 +135,35 @@ def test_filter_keeps_every_row(rows: list[list[int]]) -> None:
     assert plain(as_pairs(data).filter(data.values > 4)) == plain(as_pairs(jagged(expected)))
 
 
+@examples
+@given(rows=lists.filter(bool), data=st.data())
+def test_values_take_their_times_along(rows: list[list[int]], data: st.DataObject) -> None:
+    all_ = timed(jagged(rows))
+    some = st.lists(st.integers(0, len(rows) - 1), max_size=12)
+    for taken in (
+        all_.select(torch.tensor(data.draw(some), dtype=torch.int64)),
+        all_.tail(2),
+        all_.windows(0 * all_.lengths, all_.lengths.clamp(max=2)),
+        all_.filter(all_.values > 4),
+        Jagged.stack([all_, all_.tail(1)]),
+        all_.to(torch.device("cpu")),
+    ):
+        assert has_own_times(taken)
+    assert all_.with_values(all_.values + 1).times is all_.times
+    assert all_.to_sets().times is None
+
+
+def test_stacked_on_rows_with_times_those_without_have_unknown_ones() -> None:
+    stacked = Jagged.stack([jagged([[1]]), timed(jagged([[2, 3]]))])
+    assert stacked.times is not None
+    assert stacked.times.isnan().tolist() == [True, False, False]
+    assert stacked.times[1:].tolist() == [20, 30]
+    assert Jagged.stack([jagged([[1]]), jagged([[2]])]).times is None
+
+
 def test_jagged_refuses_wrong_shapes_and_dtypes() -> None:
+    with pytest.raises(ValueError, match=r"Jagged.times: must be one a value, \(2,\), given"):
+        Jagged(torch.zeros(2), torch.tensor([0, 2]), torch.zeros(3))
     with pytest.raises(ValueError, match=r"must be \(R \+ 1,\)"):
         Jagged(torch.zeros(2), torch.tensor([[0, 2]]))
     with pytest.raises(ValueError, match="int64"):
@@ -163,6 +200,13 @@ def test_histories_end_with_the_named_split(dataset: PreparedDataset) -> None:
 def test_targets_are_exactly_the_named_split(dataset: PreparedDataset) -> None:
     assert external(dataset, dataset.targets("valid")) == [[20], []]
     assert external(dataset, dataset.targets("test")) == [[40], []]
+
+
+def test_histories_know_when_their_items_were_taken(dataset: PreparedDataset) -> None:
+    for through, times in {"train": [1, 2, 1, 2], "valid": [1, 2, 3, 1, 2]}.items():
+        found = dataset.history(through).times  # type: ignore[arg-type]
+        assert found is not None
+        assert found.tolist() == times
 
 
 def test_tensors_have_the_promised_types(dataset: PreparedDataset) -> None:

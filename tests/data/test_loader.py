@@ -56,6 +56,10 @@ def _steps(path: Path, world_size: int, epoch: int, start: int = 0) -> list[list
             is_padding = rows.users < 0
             assert torch.equal(rows.weight, (~is_padding).float())
             assert not rows.histories.lengths[is_padding].any()
+            of_users = data.history("train").select(rows.users[~is_padding])
+            assert rows.histories.times is not None
+            assert of_users.times is not None
+            assert torch.equal(rows.histories.times, of_users.times)
         found.append(step)
     return found
 

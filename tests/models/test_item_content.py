@@ -212,7 +212,11 @@ def test_content_places_items_of_the_item_file_alone(model: dict[str, Any], tmp_
     assert (group[first] == own.unsqueeze(1)).float().mean() > 0.7  # by chance 0.2
 
 
-@pytest.mark.parametrize("model", [CAUSAL, TOWERS], ids=["transformer", "two towers"])
+@pytest.mark.parametrize(
+    "model",
+    [CAUSAL, TOWERS, {"backbone": "autoencoder"}],
+    ids=["transformer", "two towers", "autoencoder"],
+)
 def test_an_untrained_item_is_a_function_of_its_features_alone(
     model: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -225,7 +229,7 @@ def test_an_untrained_item_is_a_function_of_its_features_alone(
     def encode(rows: torch.Tensor) -> torch.Tensor:
         return backbone.encode_items(ids, backbone.represent(ids, rows))
 
-    before, after = (encode(torch.randn(len(ids), 16)) for _ in range(2))
+    before, after = (encode(torch.randn(len(ids), backbone.items.dim)) for _ in range(2))
     assert torch.equal(before[is_new], after[is_new])
     assert ((before - after)[~is_new].abs().amax(1) > 0.01).all()
     assert before[is_new].unique(dim=0).shape == before[is_new].shape  # of each its own vector

@@ -16,12 +16,13 @@ from torchrec_pt.rng import RowNoise
 DIM, MAX_LENGTH = 16, 6
 LENGTHS = (3, 0, 5, 1, 4)
 ATTENTION = pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+POSITIONS = pytest.mark.parametrize("positions", ["learned", "rotary", "relative_time"])
 
 
-def _model(attention: str, dropout: float = 0.0) -> Transformer:
+def _model(attention: str, dropout: float = 0.0, positions: str = "learned") -> Transformer:
     config = TransformerConfig(
         dim=DIM, num_layers=2, num_heads=2, max_length=MAX_LENGTH, attention=attention,
-        dropout=dropout,
+        dropout=dropout, positions=positions,
     )  # fmt: skip
     model = Transformer(config, num_items=10)
     generator = torch.Generator().manual_seed(0)
@@ -63,19 +64,50 @@ def _naive_linear(x: Tensor, linear: torch.nn.Linear) -> Tensor:
     return x @ linear.weight.double().T + linear.bias.double()
 
 
-def _naive_positions(model: Transformer, tokens: Tensor) -> Tensor:
+def _naive_turned(head: Tensor) -> Tensor:
+    """(L, d) by the complex numbers of RoPE's equation 12, counted from the end."""
+    length, pairs = len(head), head.shape[1] // 2
+    numbers = torch.complex(head[:, :pairs], head[:, pairs:])
+    frequency = torch.tensor([10_000.0 ** (-i / pairs) for i in range(pairs)]).double()
+    steps = torch.arange(length).double() - (length - 1)
+    turned = numbers * torch.polar(
+        torch.ones(length, pairs).double(), torch.outer(steps, frequency)
+    )
+    return torch.cat([turned.real, turned.imag], 1)
+
+
+def _naive_bias(model: Transformer, head: int, i: int, j: int, times: Tensor) -> Tensor:
+    assert model.relative is not None
+    between = abs(float(times[i]) - float(times[j]))
+    bucket = 128 if math.isnan(between) else min(127, int(math.log(max(1.0, between)) / 0.301))
+    middle = 0 if model.is_causal else MAX_LENGTH - 1
+    by_distance = model.relative.distance[head, i - j + middle]
+    return by_distance.double() + model.relative.elapsed[head, bucket]
+
+
+def _naive_positions(model: Transformer, tokens: Tensor, times: Tensor | None = None) -> Tensor:
     """One row (L, D), no packing or padding, in float64."""
     length, head_dim = len(tokens), DIM // 2
-    x = tokens.double() + model.position[MAX_LENGTH - length :].double()
+    x = tokens.double()
+    if model.position is not None:
+        x = x + model.position[MAX_LENGTH - length :].double()
     for block in model.blocks:
         q, k, v = _naive_linear(_naive_norm(x, block.attention_norm), block.qkv).split(DIM, 1)
         heads = []
         for head in range(2):
             part = slice(head * head_dim, (head + 1) * head_dim)
+            query, key = q[:, part], k[:, part]
+            if model.rotary is not None:
+                query, key = _naive_turned(query), _naive_turned(key)
             mixed = []
             for i in range(length):
                 last = i + 1 if model.is_causal else length
-                weight = torch.exp(k[:last, part] @ q[i, part] / math.sqrt(head_dim))
+                logits = key[:last] @ query[i] / math.sqrt(head_dim)
+                if model.relative is not None:
+                    assert times is not None
+                    biases = [_naive_bias(model, head, i, j, times) for j in range(last)]
+                    logits = logits + torch.stack(biases)
+                weight = torch.exp(logits)
                 mixed.append(weight / weight.sum() @ v[:last, part])
             heads.append(torch.stack(mixed))
         x = x + _naive_linear(torch.cat(heads, 1), block.out)
@@ -86,14 +118,24 @@ def _naive_positions(model: Transformer, tokens: Tensor) -> Tensor:
 
 
 @ATTENTION
-def test_positions_match_attention_written_out(attention: str) -> None:
-    model, history = _model(attention), _history()
+@POSITIONS
+def test_positions_match_attention_written_out(attention: str, positions: str) -> None:
+    model, history = _model(attention, positions=positions), _history()
+    nan = torch.nan
+    times = torch.tensor([0, 1.4, 90, 7, 7, nan, 9e5, 1e12, 3, 2, 5e20, 9, 11]).double()
+    history = Jagged(history.values, history.offsets, times)
     is_masked = torch.arange(len(history.values)) % 3 == 1
     got = model.encode_positions(history, None, is_masked=is_masked)
     tokens = history.values.clone()
     tokens[is_masked] = model.mask.detach()
-    rows = [_row(history.with_values(tokens), r) for r, length in enumerate(LENGTHS) if length]
-    expected = torch.cat([_naive_positions(model, row) for row in rows])
+    # A hidden token has the time of the one before it.
+    times[[1, 4, 7, 10]] = torch.tensor([0, 7, 9e5, 2]).double()
+    rows = [
+        (_row(history.with_values(tokens), r), _row(Jagged(times, history.offsets), r))
+        for r, length in enumerate(LENGTHS)
+        if length
+    ]
+    expected = torch.cat([_naive_positions(model, *row) for row in rows])
     # float32 against float64, behind a last norm that keeps values near 1
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -167,6 +209,7 @@ def test_empty_histories_alone_are_allowed(attention: str) -> None:
 def test_the_longest_history_that_is_read_fills_all_positions(attention: str) -> None:
     model = _model(attention)
     assert model.history_length == MAX_LENGTH - (attention == "bidirectional")
+    assert model.position is not None
     _users(model, _history((model.history_length, 1))).square().sum().backward()
     assert model.position.grad is not None
     assert (model.position.grad != 0).any(1).all()
@@ -176,6 +219,7 @@ def test_the_longest_history_that_is_read_fills_all_positions(attention: str) ->
 def test_the_newest_item_takes_the_same_position_in_any_history(attention: str) -> None:
     model = _model(attention)
     _users(model, _history((1,))).square().sum().backward()
+    assert model.position is not None
     assert model.position.grad is not None
     used = (model.position.grad != 0).any(1)
     num_tokens = 2 if attention == "bidirectional" else 1

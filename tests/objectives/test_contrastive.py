@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from torch import Tensor
 from tests.conftest import embedded, rows_of, tiny_config
 from tests.training import losses
 from torchrec_pt.config import Contrastive, TransformerConfig
-from torchrec_pt.data.batch import Draw
+from torchrec_pt.data.batch import Draw, Rows
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.contrastive import ContrastiveObjective
+from torchrec_pt.rng import RowNoise
 
 MODEL = TransformerConfig(dim=16, num_layers=1, max_length=11, dropout=0, attention="bidirectional")
 READ = 10  # a bidirectional model appends [MASK]
@@ -31,8 +33,13 @@ def ranks() -> Iterator[Ranks]:
         yield ranks
 
 
+NEW = 50_000  # what an augmentation brings in is told from what was there
+OTHERS = (torch.arange(NEW) + NEW).repeat(2)  # the most correlated item of each
+
+
 def _objective(**options: Any) -> ContrastiveObjective:
-    return ContrastiveObjective(Contrastive(name="contrastive", **options), MODEL, COUNTS, seed=0)
+    config = Contrastive(name="contrastive", **options)
+    return ContrastiveObjective(config, MODEL, COUNTS, seed=0, most_correlated=OTHERS)
 
 
 def _views(draw: Draw) -> list[tuple[list[int], list[bool]]]:
@@ -92,6 +99,63 @@ def test_a_reorder_permutes_one_unbroken_part_of_the_configured_length() -> None
     # A part of four stays in order once in 24; of 16 views most must have moved.
     assert num_moved >= 12
     assert len(moved_places) >= 8
+
+
+def test_a_substitute_replaces_the_configured_part_by_correlated_items() -> None:
+    objective = _objective(augmentations=("substitute",), substitute_fraction=0.35)
+    counts = torch.zeros(10)
+    for view, (items, mask) in enumerate(_views(objective.draw(rows_of([10, 1, 4, 0] * 50)))):
+        first = 100 * (view % 200)
+        assert [item % NEW for item in items] == list(range(first, first + len(items)))
+        replaced = [place for place, item in enumerate(items) if item >= NEW]
+        assert len(items) == [10, 1, 4, 0][view % 4]
+        assert len(replaced) == [3, 1, 1, 0][view % 4]  # rounded down, one at least
+        assert not any(mask)
+        if view % 4 == 0:
+            counts[replaced] += 1
+    # 100 views replace each place 30 times on average.
+    assert abs(counts - 30).max() < 5 * (100 * 0.3 * 0.7) ** 0.5
+
+
+def test_an_insert_puts_correlated_items_before_theirs_and_keeps_the_newest() -> None:
+    objective = _objective(augmentations=("insert",), insert_fraction=0.4)
+    places = torch.zeros(6)
+    for view, (items, mask) in enumerate(_views(objective.draw(rows_of([6, 10, 1, 0] * 25)))):
+        row, kind = view % 100, view % 4
+        own = [item for item in items if item < NEW]
+        length = [6, 10, 1, 0][kind]
+        # Four items go into ten, of which the model reads the last ten.
+        assert len(items) == [8, READ, 2, 0][kind]
+        assert own == list(range(100 * row + length - len(own), 100 * row + length))
+        assert kind == 1 or len(own) == length
+        for item, after in pairwise(items):
+            assert item < NEW or item == NEW + after
+        assert not items or items[-1] < NEW
+        assert not any(mask)
+        if kind == 0:
+            places[[item % 100 for item in items if item >= NEW]] += 1
+    # Each of six places in a third of 50 views
+    assert abs(places - 50 / 3).max() < 5 * (50 / 3 * 2 / 3) ** 0.5
+
+
+def test_rows_that_are_neither_substituted_nor_inserted_into_stay_as_they_were() -> None:
+    objective = _objective(augmentations=("dropout", "insert", "substitute"))
+    views = _views(objective.draw(rows_of([5] * 300)))
+    as_they_were = [items for items, _ in views if max(items) < NEW]
+    assert abs(len(as_they_were) - 200) < 5 * (600 * 2 / 9) ** 0.5
+    assert all(len(items) == 5 for items in as_they_were)
+
+
+def test_correlated_items_change_with_the_step_and_stay_with_the_row() -> None:
+    objective = _objective(augmentations=("insert", "substitute"))
+    first, again, later = (_views(objective.draw(rows_of([9] * 8, step))) for step in (0, 0, 1))
+    assert first == again
+    assert first != later
+    rows = rows_of([9] * 8)
+    order = torch.tensor([6, 2])
+    some = Rows(order, RowNoise(0, 0, order), rows.weight[order], rows.histories.select(order))
+    alone = _views(objective.draw(some))
+    assert alone == [first[6], first[2], first[8 + 6], first[8 + 2]]
 
 
 def test_dropout_alone_leaves_both_views_as_they_were() -> None:
@@ -231,13 +295,20 @@ def test_the_temperature_is_learned_only_when_asked(learn: bool) -> None:
     assert (gradient is not None and bool(gradient != 0)) == learn
 
 
-@pytest.mark.parametrize("pairs", ["views", "user_item"])
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        {"pairs": "views"},
+        {"pairs": "user_item"},
+        {"augmentations": ["substitute", "insert"], "substitute_fraction": 0.3},
+    ],
+)
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_it_lowers_its_own_loss(
     cycle: PreparedDataset,
     ranks: Ranks,
     monkeypatch: pytest.MonkeyPatch,
-    pairs: str,
+    pairs: dict[str, Any],
     attention: str,
 ) -> None:
     monkeypatch.setattr(losses, "EPOCHS", 12)  # of four steps
@@ -248,7 +319,7 @@ def test_it_lowers_its_own_loss(
             "batch_size": 10,
             "learning_rate": 0.01,
             "warmup_steps": 0,
-            "objectives": [{"name": "contrastive", "pairs": pairs, "temperature": 0.2}],
+            "objectives": [{"name": "contrastive", "temperature": 0.2, **pairs}],
         },
     )
     found = losses.train({"config": config.model_dump(mode="json")}, cycle, ranks)["losses"]

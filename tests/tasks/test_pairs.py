@@ -34,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "causal": {"num_layers": 1, "attention": "causal"},
     "bidirectional": {"num_layers": 1},
     "two_tower": {"backbone": "two_tower", "hidden_dims": [8]},
+    "autoencoder": {"backbone": "autoencoder", "hidden_dims": [8]},
 }
 TASKS: dict[str, dict[str, Any]] = {"ctr": {"positive_rating": 3}, "rating": {}}
 EVERY_TASK = pytest.mark.parametrize("name", list(TASKS))

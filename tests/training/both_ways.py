@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from torchrec_pt import train
-from torchrec_pt.build import build_objectives, build_task
+from torchrec_pt.build import build_task
 from torchrec_pt.config import RunConfig, TrainConfig
 from torchrec_pt.data.batch import Batch, Rows
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import Ranks, gather_objects, joined_ranks
 from torchrec_pt.learner import Learner
+from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.runs import StageResult
 from torchrec_pt.stages import Stage, train_stage
 from torchrec_pt.train import Trainer, TrainingError

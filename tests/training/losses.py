@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_pt import checkpoint
-from torchrec_pt.build import build_learner, build_objectives, build_task
+from torchrec_pt.build import build_learner, build_task
 from torchrec_pt.checkpoint import Checkpoint, parts_of
 from torchrec_pt.config import RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, gather_objects, joined_ranks
 from torchrec_pt.evaluate import gather_by_user, held_out, predict_pairs, rank_targets
+from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.plan import table_plans
 from torchrec_pt.saver import Saver

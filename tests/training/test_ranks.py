@@ -21,11 +21,17 @@ WORKER = Path(__file__).parent / "losses.py"
 MASKED = {"name": "masked_item"}
 NEXT = {"name": "next_item"}
 VIEWS = {"name": "contrastive", "weight": 0.5, "learn_temperature": True}
+CORRELATED = {**VIEWS, "augmentations": ["substitute", "insert"]}
 PAIRS = {"name": "contrastive", "pairs": "user_item"}
+SEGMENTS = {"name": "next_segment", "weight": 0.5}
+DENOISING = {"name": "denoising"}
 RING = {"negatives_across_ranks": "ring"}
 MIXED = {**PAIRS, "negatives": {"num": 11, "distribution": "log_uniform"}}
 OWN = {"negatives": {"num": 7}}
 SHARED = {"negatives": {"num": 13, "shared": True}}
+UNIFORM = {"num": 13, "distribution": "uniform"}
+BCE = {"loss": "bce", "negatives": {**UNIFORM, "shared": True}}
+GBCE = {"loss": "gbce", "negatives": UNIFORM}
 # 37 users in batches of 10: the last batch is 7, which two ranks do not divide.
 STEPS = {"batch_size": 10, "learning_rate": 0.01, "warmup_steps": 2}
 FIRST = {"sgd": "masked + views", "adagrad": "shared", "rowwise_adagrad": "softmax"}
@@ -66,6 +72,11 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         config["model"] |= {"row_dropout": 0.4, "similarity": "cosine"}
         return config
 
+    def at(positions: str, attention: str, *objectives: dict[str, Any]) -> Any:
+        config = case(attention, {"placement": "replicated"}, pretrain=pretrain(*objectives))
+        config["model"] |= {"positions": positions}
+        return config
+
     def pretrain(*objectives: dict[str, Any]) -> dict[str, Any]:
         return {**STEPS, "objectives": objectives}
 
@@ -81,6 +92,15 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         )
         return config.model_dump(mode="json")
 
+    def autoencoder(model: dict[str, Any], **objective: Any) -> dict[str, Any]:
+        config = tiny_config(
+            folder,
+            FEATURES,
+            model={"backbone": "autoencoder", "dim": 16, "hidden_dims": [8], **model},
+            pretrain=pretrain({"name": "autoencoder", **objective}),
+        )
+        return config.model_dump(mode="json")
+
     both = "bidirectional"
     towers = {"backbone": "two_tower", "hidden_dims": [8]}
     row_wise = {"item_table": TABLES["row_wise", "rowwise_adagrad"]}
@@ -89,18 +109,32 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
     replicated = {"placement": "replicated"}
     cases = {
         "masked + views": case(both, replicated, pretrain=pretrain(MASKED, VIEWS)),
+        "correlated": case(both, row_wise["item_table"], pretrain=pretrain(CORRELATED)),
         "pairs, ring": case(both, replicated, pretrain=pretrain({**PAIRS, **RING})),
         "pairs, mixed": case(both, replicated, pretrain=pretrain(MIXED)),
         "next": case("causal", replicated, pretrain=pretrain(NEXT)),
         "next, sampled": case("causal", replicated, pretrain=pretrain({**NEXT, **OWN})),
         "masked, shared": case(both, replicated, pretrain=pretrain({**MASKED, **SHARED})),
+        "next, gbce": case("causal", replicated, pretrain=pretrain({**NEXT, **GBCE})),
+        "masked, bce": case(both, row_wise["item_table"], pretrain=pretrain({**MASKED, **BCE})),
+        "masked + segments + denoising": case(
+            both, replicated, pretrain=pretrain(MASKED, SEGMENTS, {**DENOISING, **OWN})
+        ),
+        "next + segments row_wise": case(
+            "causal", row_wise["item_table"], pretrain=pretrain(NEXT, SEGMENTS)
+        ),
+        "denoising column_wise": case(both, by_columns["item_table"], pretrain=pretrain(DENOISING)),
         "hidden rows": hiding("causal", replicated, {**NEXT, "temperature": 0.1}, PAIRS),
         "hidden rows row_wise": hiding(
             both, row_wise["item_table"], {**MASKED, "temperature": 0.1}
         ),
+        "rotary": at("rotary", both, MASKED, VIEWS),
+        "relative time": at("relative_time", both, MASKED, VIEWS),
+        "relative time, causal": at("relative_time", "causal", NEXT, PAIRS),
         "softmax": case(both, replicated, finetune=ranking("softmax")),
         "bpr": case("causal", replicated, finetune=ranking("bpr")),
         "ctr": pairs("ctr", {"num_layers": 1}),
+        "ctr, relative time": pairs("ctr", {"num_layers": 1, "positions": "relative_time"}),
         "ctr column_wise": pairs("ctr", {"num_layers": 1, **by_columns}),
         "ctr two_tower row_wise": pairs("ctr", {**towers, **row_wise}),
         "rating": pairs("rating", {"num_layers": 1, "attention": "causal", **row_wise}),
@@ -115,6 +149,19 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         "two_tower": tiny_config(
             folder, FEATURES, model={"dim": 16, **towers}, pretrain=pretrain(PAIRS)
         ).model_dump(mode="json"),
+        "two_tower, pairs + segments": tiny_config(
+            folder, FEATURES, model={"dim": 16, **towers}, pretrain=pretrain(PAIRS, SEGMENTS)
+        ).model_dump(mode="json"),
+    }
+    stars = {"values": "rating", "loss": "mse", "corruption": 0.2}
+    cases |= {
+        "autoencoder": autoencoder({"variational": True}, anneal_steps=6),
+        "autoencoder row_wise": autoencoder({"variational": True, **row_wise}, temperature=0.5),
+        "autoencoder mse": autoencoder({}, loss="mse", positive_weight=5.0),
+        "autoencoder mse row_wise": autoencoder(row_wise, loss="mse", positive_weight=5.0),
+        "autoencoder bce": autoencoder({}, loss="bce"),
+        "autoencoder bce column_wise": autoencoder(by_columns, loss="bce"),
+        "autoencoder ratings table_wise": autoencoder(table_wise, **stars),
     }
     for (placement, optimizer), table in TABLES.items():
         for name, (attention, sections) in _workloads(pretrain, ranking)[optimizer].items():

@@ -18,6 +18,7 @@ from torchrec_pt.config.data import (
     TemporalSplit,
 )
 from torchrec_pt.config.model import (
+    AutoencoderConfig,
     BackboneConfig,
     ModelConfig,
     TableConfig,
@@ -25,14 +26,24 @@ from torchrec_pt.config.model import (
     TwoTowerConfig,
 )
 from torchrec_pt.config.objectives import (
+    Autoencoder,
     Contrastive,
+    Denoising,
+    ItemPrediction,
     MaskedItem,
     Negatives,
     NextItem,
+    NextSegment,
     Objective,
     PredictionNegatives,
 )
-from torchrec_pt.config.run import EvaluateConfig, ExportConfig, RunConfig, ShowConfig
+from torchrec_pt.config.run import (
+    Candidates,
+    EvaluateConfig,
+    ExportConfig,
+    RunConfig,
+    ShowConfig,
+)
 from torchrec_pt.config.section import Section
 from torchrec_pt.config.tasks import (
     CtrConfig,
@@ -45,22 +56,28 @@ from torchrec_pt.config.tasks import (
 from torchrec_pt.config.training import PretrainConfig, TrainConfig
 
 __all__ = [
+    "Autoencoder",
+    "AutoencoderConfig",
     "BackboneConfig",
+    "Candidates",
     "Columns",
     "Contrastive",
     "CtrConfig",
     "DataConfig",
+    "Denoising",
     "EvaluateConfig",
     "ExportConfig",
     "Feature",
     "Filters",
     "FinetuneConfig",
     "GivenSplit",
+    "ItemPrediction",
     "LeaveOneOutSplit",
     "MaskedItem",
     "ModelConfig",
     "Negatives",
     "NextItem",
+    "NextSegment",
     "Objective",
     "PairConfig",
     "PredictionNegatives",

@@ -50,6 +50,11 @@ class BackboneConfig(Section):
     )
     item_table: TableConfig = TableConfig()
 
+    @property
+    def row_dim(self) -> int:
+        """Columns of the item table, of which an item's vector is made."""
+        return self.dim
+
 
 class TransformerConfig(BackboneConfig):
     """Self-attention over the history: causal as SASRec, bidirectional as BERT4Rec."""
@@ -59,11 +64,21 @@ class TransformerConfig(BackboneConfig):
     num_heads: int = Field(2, ge=1)
     ffn_dim: int | None = Field(None, ge=1, description="default: 4 × dim")
     attention: Literal["causal", "bidirectional"] = "bidirectional"
+    positions: Literal["learned", "rotary", "relative_time"] = Field(
+        "learned",
+        description="a vector a position; rotations of queries and keys; or a bias of attention by "
+        "distance and by the time between, which needs timestamps",
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TransformerConfig:
         if self.dim % self.num_heads:
             raise ValueError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads})")
+        if self.positions == "rotary" and self.dim // self.num_heads % 2:
+            raise ValueError(
+                'positions = "rotary" turns pairs of a head\'s dimensions: dim / num_heads must be '
+                f"even, given {self.dim} / {self.num_heads}; change num_heads"
+            )
         return self
 
     @property
@@ -83,4 +98,39 @@ class TwoTowerConfig(BackboneConfig):
         return self.max_length
 
 
-ModelConfig = TransformerConfig | TwoTowerConfig
+class AutoencoderConfig(BackboneConfig):
+    """The history as a bag of items, encoded to a user; plain (MultiDAE) or variational (MultiVAE).
+
+    `hidden_dims` are the encoder's tanh layers. The first is the embedding bag itself, so an item's
+    row has that many columns for the encoder and `dim` for the decoder. None: a linear encoder.
+    """
+
+    backbone: Literal["autoencoder"]
+    max_length: int = Field(200, ge=2, description="newest items of a history that are read")
+    hidden_dims: tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...] = (200,)
+    variational: bool = Field(False, description="users are normal distributions, while trained")
+
+    @model_validator(mode="after")
+    def _ranks_by_inner_product(self) -> AutoencoderConfig:
+        if self.similarity != "inner":
+            raise ValueError(
+                f'similarity is "{self.similarity}", and an autoencoder\'s items have biases, '
+                'which a cosine would lose; set it to "inner"'
+            )
+        return self
+
+    @property
+    def history_length(self) -> int:
+        return self.max_length
+
+    @property
+    def input_dim(self) -> int:
+        """Columns of an item's row that the encoder reads."""
+        return self.hidden_dims[0] if self.hidden_dims else self.dim
+
+    @property
+    def row_dim(self) -> int:
+        return self.input_dim + self.dim
+
+
+ModelConfig = TransformerConfig | TwoTowerConfig | AutoencoderConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from torchrec_pt.config.data import DataConfig
 from torchrec_pt.config.model import ModelConfig, TransformerConfig
@@ -14,11 +14,32 @@ from torchrec_pt.config.tasks import FinetuneConfig
 from torchrec_pt.config.training import PretrainConfig
 
 
+class Candidates(Section):
+    """What a test item is ranked against in the sampled protocol, beside the full catalogue."""
+
+    num: int | None = Field(None, ge=1, description="items drawn that the user never took")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the items drawn")
+    path: Path | None = Field(
+        None, description="instead, a Parquet file with the columns user and item"
+    )
+
+    @model_validator(mode="after")
+    def _are_drawn_or_given(self) -> Candidates:
+        if (self.num is None) == (self.path is None):
+            raise ValueError("needs num, to draw candidates, or path, to read them; give one")
+        if self.path is not None and self.seed:
+            raise ValueError("seed is of drawn candidates; leave it out beside path")
+        return self
+
+
 class EvaluateConfig(Section):
     ks: tuple[Annotated[int, Field(ge=1)], ...] = Field((5, 10, 20), min_length=1)
     batch_size: int = Field(256, ge=1)
     baselines: tuple[Literal["popularity", "item_knn", "biases"], ...] = Field(
         (), description="popularity and item_knn rank; biases predict clicks and ratings"
+    )
+    candidates: Candidates | None = Field(
+        None, description="ranks by the sampled protocol too: num = 99, or path"
     )
 
 

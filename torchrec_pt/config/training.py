@@ -21,6 +21,13 @@ class TrainConfig(Section):
     warmup_steps: int = Field(100, ge=0)
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     clip_norm: float | None = Field(None, gt=0)
+    average_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="validate, keep and serve an exponential average of the weights, with this "
+        "decay a step (0.999 or so), while the weights themselves train on",
+    )
     validate_every: int = Field(1, ge=1, description="epochs between two validations")
     patience: int | None = Field(None, ge=1, description="validations without gain before the end")
     keep_checkpoints: int = Field(2, ge=1)

@@ -61,11 +61,8 @@ class Rows(RowKeys):
 
 def rows_of_users(per_user: Jagged, users: Tensor) -> Jagged:
     """The rows of these users (B,) int64 in a jagged of all users; user −1 has an empty one."""
-    is_known = users >= 0
-    known = per_user.select(users[is_known])
-    lengths = torch.zeros_like(users)
-    lengths[is_known] = known.lengths
-    return Jagged.from_lengths(known.values, lengths)
+    starts = per_user.offsets[users.clamp(min=0)]
+    return per_user.slices(starts, per_user.offsets[users + 1] - starts)
 
 
 @dataclass(frozen=True)
@@ -96,6 +93,8 @@ class Batch(Pipelineable):
         places: (T,) int64, for each entry of the segments its place among the distinct ids.
         offsets: segment name -> (R + 1,) int64 row offsets; segments lie in `places` in this order.
         tensors: labels and masks, named like the segments: "<objective>.<name>".
+        times: segment name -> (its entries,) float64 as in `Jagged`, of segments that have them;
+            empty for a backbone that reads none.
         rows: (B,) numbers of the rows in the global batch.
         users, weight: (B,) as in `RowKeys`.
     """
@@ -110,6 +109,7 @@ class Batch(Pipelineable):
     places: Tensor
     offsets: dict[str, Tensor]
     tensors: dict[str, Tensor]
+    times: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def keys(self) -> RowKeys:
@@ -131,7 +131,7 @@ class Batch(Pipelineable):
         def owned(values: Tensor) -> dict[str, Jagged]:
             parts = zip(self.offsets.items(), values.split(sizes), strict=True)
             return {
-                name.removeprefix(prefix): Jagged(part, offsets)
+                name.removeprefix(prefix): Jagged(part, offsets, self.times.get(name))
                 for (name, offsets), part in parts
                 if name.startswith(prefix)
             }
@@ -167,11 +167,18 @@ class Batch(Pipelineable):
         return replace(self, **changed)
 
 
-def assemble(rows: Rows, draws: Mapping[str, Draw], catalogue: tuple[int, int] | None) -> Batch:
+def assemble(
+    rows: Rows,
+    draws: Mapping[str, Draw],
+    catalogue: tuple[int, int] | None,
+    *,
+    with_times: bool = False,
+) -> Batch:
     """Join the draws of all objectives (by name) into one batch with one lookup.
 
     Args:
         catalogue: [begin, end) of the item rows to look up as keys, or None for none.
+        with_times: whether the segments' times travel too.
     """
     segments: dict[str, Jagged] = {}
     tensors: dict[str, Tensor] = {}
@@ -182,6 +189,7 @@ def assemble(rows: Rows, draws: Mapping[str, Draw], catalogue: tuple[int, int] |
     entries = torch.cat([empty, *(segment.values for segment in segments.values())])
     distinct, places = entries.unique(return_inverse=True)
     keys = empty if catalogue is None else torch.arange(*catalogue)
+    times = {name: ids.times for name, ids in segments.items() if ids.times is not None}
     return Batch(
         seed=rows.noise.seed,
         step=rows.noise.step,
@@ -193,6 +201,7 @@ def assemble(rows: Rows, draws: Mapping[str, Draw], catalogue: tuple[int, int] |
         places=places,
         offsets={name: segment.offsets for name, segment in segments.items()},
         tensors=tensors,
+        times=times if with_times else {},
     )
 
 

@@ -34,7 +34,7 @@ class PreparedDataset:
     Attributes:
         user_ids: (U,) int64 dense ids of the users.
         part_of_user: (U,) int64, ascending: which of the manifest's parts a user belongs to.
-        interactions: item ids (N,) int64 in one row per user.
+        interactions: item ids (N,) int64 in one row per user, their times beside them.
         split: (N,) int8: 0 train, 1 valid, 2 test.
         rating, label: (N,) float32, or None where the raw data had no such column.
         timestamp: (N,) float64, or None.
@@ -72,6 +72,7 @@ class PreparedDataset:
             rows = read_row_groups(path / "interactions.parquet", own.tolist())
             counts = pl.read_parquet(path / "items.parquet", columns=["count"], glob=False)
         sizes = torch.tensor([part.num_users for part in manifest.parts])
+        timestamp = _optional_tensor(rows, "timestamp", pl.Float64)
         own_sizes = sizes[own]
         skipped = (sizes.cumsum(0) - sizes)[own] - (own_sizes.cumsum(0) - own_sizes)
         user_ids = torch.arange(int(own_sizes.sum())) + skipped.repeat_interleave(own_sizes)
@@ -82,10 +83,10 @@ class PreparedDataset:
             manifest=manifest,
             user_ids=user_ids,
             part_of_user=own.repeat_interleave(own_sizes),
-            interactions=Jagged.from_lengths(_tensor(rows["item"], pl.Int64), lengths),
+            interactions=Jagged.from_lengths(_tensor(rows["item"], pl.Int64), lengths, timestamp),
             split=_tensor(rows["split"], pl.Int8),
             rating=_optional_tensor(rows, "rating", pl.Float32),
-            timestamp=_optional_tensor(rows, "timestamp", pl.Float64),
+            timestamp=timestamp,
             label=_optional_tensor(rows, "label", pl.Float32),
             interaction_features=rows.select(
                 summary.feature.column

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ class Jagged:
     Args:
         values: (T, …) of any dtype.
         offsets: (R + 1,) int64 on the same device, ascending from 0 to T.
+        times: (T,) float64, when each value happened, NaN where that is not known; or None.
+            Whatever takes values takes their times along.
     Raises:
         ValueError: wrong shapes or an offsets dtype other than int64. That offsets ascend to T is
             not checked: it would wait for the device.
@@ -23,6 +25,7 @@ class Jagged:
 
     values: Tensor
     offsets: Tensor
+    times: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.offsets.dim() != 1 or not len(self.offsets) or self.offsets.dtype != torch.int64:
@@ -30,17 +33,25 @@ class Jagged:
                 f"Jagged.offsets: must be (R + 1,) int64, "
                 f"given {tuple(self.offsets.shape)} {self.offsets.dtype}"
             )
+        if self.times is not None and self.times.shape != self.values.shape[:1]:
+            raise ValueError(
+                f"Jagged.times: must be one a value, ({len(self.values)},), "
+                f"given {tuple(self.times.shape)}"
+            )
 
     @classmethod
-    def from_lengths(cls, values: Tensor, lengths: Tensor) -> Jagged:
+    def from_lengths(cls, values: Tensor, lengths: Tensor, times: Tensor | None = None) -> Jagged:
         """Cut `values` (T, …) into rows of `lengths` (R,), which sum to T."""
-        return cls(values, _offsets(lengths))
+        return cls(values, _offsets(lengths), times)
 
     @classmethod
     def stack(cls, parts: Sequence[Jagged]) -> Jagged:
         """All rows of the first part, then those of the second, …"""
         values = torch.cat([part.values for part in parts])
-        return cls.from_lengths(values, torch.cat([part.lengths for part in parts]))
+        times = None
+        if any(part.times is not None for part in parts):
+            times = torch.cat([part.times_or_nan for part in parts])
+        return cls.from_lengths(values, torch.cat([part.lengths for part in parts]), times)
 
     @property
     def num_rows(self) -> int:
@@ -62,12 +73,21 @@ class Jagged:
         """(T,) int64: the place of each value in its row, from 0."""
         return torch.arange(len(self.values), device=self.offsets.device) - self.offsets[self.rows]
 
+    @property
+    def times_or_nan(self) -> Tensor:
+        """(T,) float64: `times`, all of them unknown where it is None."""
+        if self.times is not None:
+            return self.times
+        unknown = (len(self.values),)
+        return torch.full(unknown, torch.nan, dtype=torch.float64, device=self.offsets.device)
+
     def to(self, device: torch.device) -> Jagged:
-        return Jagged(self.values.to(device), self.offsets.to(device))
+        times = None if self.times is None else self.times.to(device)
+        return Jagged(self.values.to(device), self.offsets.to(device), times)
 
     def with_values(self, values: Tensor) -> Jagged:
-        """The same rows around other values (T, …)."""
-        return Jagged(values, self.offsets)
+        """The same rows, and the times of their places, around other values (T, …)."""
+        return replace(self, values=values)
 
     def select(self, rows: Tensor) -> Jagged:
         """The rows named by `rows` (S,) int64, in that order; a row may be named twice."""
@@ -88,13 +108,13 @@ class Jagged:
     def filter(self, keep: Tensor) -> Jagged:
         """The entries where `keep` (T,) bool is true; a row may become empty, none goes away."""
         kept_before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
-        return Jagged(self.values[keep], kept_before[self.offsets])
+        return self._taken(keep, kept_before[self.offsets])
 
     def to_sets(self) -> Jagged:
-        """The values of each row once, ascending."""
+        """The values of each row once, ascending; without times."""
         order = self.values.argsort(stable=True)
         order = order[self.rows[order].argsort(stable=True)]
-        ascending = self.with_values(self.values[order])
+        ascending = Jagged(self.values[order], self.offsets)
         is_first = torch.ones_like(ascending.values, dtype=torch.bool)
         is_first[1:] = (ascending.values.diff() != 0) | (ascending.rows.diff() != 0)
         return ascending.filter(is_first)
@@ -104,7 +124,11 @@ class Jagged:
         offsets = _offsets(lengths)
         total = int(offsets[-1])
         shift = (starts - offsets[:-1]).repeat_interleave(lengths, output_size=total)
-        return Jagged(self.values[torch.arange(total, device=shift.device) + shift], offsets)
+        return self._taken(torch.arange(total, device=shift.device) + shift, offsets)
+
+    def _taken(self, index: Tensor, offsets: Tensor) -> Jagged:
+        times = None if self.times is None else self.times[index]
+        return Jagged(self.values[index], offsets, times)
 
 
 def _offsets(lengths: Tensor) -> Tensor:

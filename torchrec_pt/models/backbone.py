@@ -22,7 +22,10 @@ class Backbone(nn.Module, ABC):
             hand that in where "rows" are asked for.
         content: what makes item features part of an item's row; None where none are.
         history_length: newest items of a history that `encode_users` reads; callers cut.
+        reads_times: whether the times of a history make a difference.
     """
+
+    reads_times = False
 
     def __init__(
         self,
@@ -36,10 +39,10 @@ class Backbone(nn.Module, ABC):
         self.is_cosine = config.similarity == "cosine"
         self.content = content
         self.history_length = history_length
-        self.items = ItemTable(num_items, config.dim)
+        self.items = ItemTable(num_items, config.row_dim)
 
     def represent(self, ids: Tensor, rows: Tensor, noise: RowNoise | None = None) -> Tensor:
-        """Rows (N, D) of the item table with the content of their items (N,) int64 in them.
+        """Rows (N, row_dim) of the item table with the content of their items (N,) int64 in them.
 
         Args:
             noise: of row_dropout, one row an item; None outside training.
@@ -56,7 +59,7 @@ class Backbone(nn.Module, ABC):
 
         Args:
             ids: (N,) int64 dense item ids.
-            rows: (N, D) their rows of the item table, as `represent` gives them.
+            rows: (N, row_dim) their rows of the item table, as `represent` gives them.
         """
 
     @abstractmethod
@@ -72,8 +75,8 @@ class Backbone(nn.Module, ABC):
 
         Args:
             users: (R,) int64 users of this rank; −1 for somebody of whom nothing else is known.
-            history: R rows of such item rows (T, D), oldest first, at most `history_length`
-                each; a row may be empty.
+            history: R rows of such item rows (T, row_dim), oldest first, at most `history_length`
+                each, with their times where they are known; a row may be empty.
             noise: dropout's randomness, one row a user; None for no dropout.
             is_masked: (T,) bool, items of the history to hide.
         """

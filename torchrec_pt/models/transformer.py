@@ -7,6 +7,9 @@ pads a batch to its own longest history, so padding costs no other arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.dropout import RowDropout
 from torchrec_pt.models.item_content import ItemContent
+from torchrec_pt.models.positions import RelativeTimeBias, Rotary
 from torchrec_pt.rng import RowNoise
 
 
@@ -24,7 +28,8 @@ class Transformer(Backbone):
     """The transformer backbone; its item vectors are the rows of the item table and their content.
 
     A history's newest item always takes the last position, so a position means the same
-    number of steps into the past in histories of any length.
+    number of steps into the past in histories of any length. `positions` says how attention
+    learns of them: `position`, `rotary` or `relative` is there, and the others are None.
     """
 
     def __init__(
@@ -35,7 +40,16 @@ class Transformer(Backbone):
         self.max_length = config.max_length
         self.dropout = config.dropout
         self.mask = nn.Parameter(torch.empty(config.dim))
-        self.position = nn.Parameter(torch.empty(config.max_length, config.dim))
+        self.position: nn.Parameter | None = None
+        self.rotary: Rotary | None = None
+        self.relative: RelativeTimeBias | None = None
+        if config.positions == "learned":
+            self.position = nn.Parameter(torch.empty(config.max_length, config.dim))
+        elif config.positions == "rotary":
+            self.rotary = Rotary(config.dim // config.num_heads, config.max_length)
+        else:
+            self.relative = RelativeTimeBias(config.num_heads, config.max_length, self.is_causal)
+        self.reads_times = self.relative is not None
         ffn_dim = config.ffn_dim or 4 * config.dim
         self.blocks = nn.ModuleList(
             Block(config.dim, config.num_heads, ffn_dim) for _ in range(config.num_layers)
@@ -45,12 +59,13 @@ class Transformer(Backbone):
 
     def reset_parameters(self) -> None:
         """Normal with deviation 0.02, biases 0 (BERT4Rec, section 3.6), from torch's generator."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        reset_linear_layers(self)
         nn.init.normal_(self.mask, std=0.02)
-        nn.init.normal_(self.position, std=0.02)
+        if self.position is not None:
+            nn.init.normal_(self.position, std=0.02)
+        if self.relative is not None:
+            nn.init.normal_(self.relative.distance, std=0.02)
+            nn.init.normal_(self.relative.elapsed, std=0.02)
 
     def encode_items(self, ids: Tensor, rows: Tensor) -> Tensor:
         return self.scaled(rows)
@@ -65,7 +80,8 @@ class Transformer(Backbone):
         """Contextual vectors of every token.
 
         Args:
-            tokens: (T, D) item vectors in R rows of at most max_length.
+            tokens: (T, D) item vectors in R rows of at most max_length, with their times where
+                they are known and `positions` are by time.
             noise: dropout's randomness, rows numbered as the tokens' rows; None for no dropout.
             is_masked: (T,) bool, tokens to replace by [MASK].
         Returns:
@@ -73,7 +89,7 @@ class Transformer(Backbone):
         Raises:
             ValueError: a row longer than max_length.
         """
-        attention = _Attention(tokens.offsets, self.is_causal)
+        attention = Attention(tokens.offsets, self.is_causal)
         if attention.longest > self.max_length:
             raise ValueError(
                 f"encode_positions: rows may have {self.max_length} items, "
@@ -83,8 +99,14 @@ class Transformer(Backbone):
         x = tokens.values
         if is_masked is not None:
             x = torch.where(is_masked.unsqueeze(1), self.mask, x)
-        # Indexing would add up its gradient in the order in which threads come.
-        x = x + F.embedding(slot, self.position)
+        if self.position is not None:
+            # Indexing would add up its gradient in the order in which threads come.
+            x = x + F.embedding(slot, self.position)
+        if self.rotary is not None:
+            attention.turn = partial(self.rotary, slot=slot)
+        if self.relative is not None:
+            times = _visible_times(tokens, is_masked)
+            attention.add(self.relative(tokens, times, attention.longest))
         drop = RowDropout(self.dropout, noise, "dropout", row, slot)
         x = drop(x)
         for block in self.blocks:
@@ -126,7 +148,34 @@ class Transformer(Backbone):
         values = history.values.new_zeros(total, self.dim).index_copy(0, old, history.values)
         masked = torch.ones(total, dtype=torch.bool, device=device)
         masked[old] = False if is_masked is None else is_masked
-        return Jagged(values, offsets), masked
+        times = None
+        if history.times is not None:
+            unknown = history.times.new_full((total,), torch.nan)
+            times = unknown.index_copy(0, old, history.times)
+        return Jagged(values, offsets, times), masked
+
+
+def _visible_times(tokens: Jagged, is_masked: Tensor | None) -> Tensor:
+    """(T,) times of the tokens; a hidden one has that of the newest visible one before it.
+
+    So [MASK] means alike within a history and after a whole one, of whose next item the time is
+    not known. Where nothing visible comes before it, neither is its own.
+    """
+    times = tokens.times_or_nan
+    if is_masked is None:
+        return times
+    place = torch.arange(len(times), device=times.device)
+    newest = place.masked_fill(is_masked, -1).cummax(0).values
+    is_of_row = newest >= tokens.offsets[tokens.rows]
+    return torch.where(is_of_row, times[newest.clamp(min=0)], torch.nan)
+
+
+def reset_linear_layers(module: nn.Module) -> None:
+    """Normal with deviation 0.02, biases 0, from torch's generator."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
 
 
 class Block(nn.Module):
@@ -142,30 +191,56 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(dim, ffn_dim)
         self.ffn_out = nn.Linear(ffn_dim, dim)
 
-    def forward(self, x: Tensor, attention: _Attention, drop: RowDropout) -> Tensor:
-        x = x + drop(self.out(attention(self.qkv(self.attention_norm(x)), self.num_heads)))
+    def forward(self, x: Tensor, attention: Attention, drop: RowDropout) -> Tensor:
+        return self.feed_forward(self.attend(x, attention, drop), drop)
+
+    def attend(self, x: Tensor, attention: Attention, drop: RowDropout) -> Tensor:
+        return x + drop(self.out(attention(self.qkv(self.attention_norm(x)), self.num_heads)))
+
+    def feed_forward(self, x: Tensor, drop: RowDropout) -> Tensor:
         return x + drop(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x)))))
 
 
-class _Attention:
-    """Scaled dot-product attention within the rows of a packed batch."""
+class Attention:
+    """Scaled dot-product attention within the rows of a packed batch.
+
+    Attributes:
+        longest: of the rows.
+        turn: what turns the heads of queries and keys (T, 2 H, d) by their positions, or None.
+    """
 
     def __init__(self, offsets: Tensor, is_causal: bool) -> None:
         self.offsets = offsets
         self.is_causal = is_causal
         lengths = offsets.diff()
         self.longest = int(lengths.max()) if len(lengths) else 0
-        self.mask = None
+        self.turn: Callable[[Tensor], Tensor] | None = None
+        self.bias: Tensor | None = None
+        self.mask: Tensor | None = None
         if not is_causal:
             # Rows are padded at their end. A causal query never looks there; others must not.
             columns = torch.arange(self.longest, device=offsets.device)
             is_key = columns < lengths.clamp(min=1).unsqueeze(1)
             self.mask = is_key[:, None, None, :]
 
+    def add(self, bias: Tensor) -> None:
+        """Add (R, H, L, L), L = longest, to the logits."""
+        is_seen = self.mask
+        if is_seen is None:
+            is_seen = bias.new_ones(self.longest, self.longest, dtype=torch.bool).tril()
+        self.bias = bias
+        self.mask, self.is_causal = bias.masked_fill(~is_seen, -torch.inf), False
+
     def __call__(self, qkv: Tensor, num_heads: int) -> Tensor:
         """(T, 3 D) -> (T, D)"""
+        dim = qkv.shape[1] // 3
         if not self.longest:
-            return qkv[:, : qkv.shape[1] // 3]
+            nothing = qkv[:, :dim]
+            # DDP wants the same graph from a rank without a token.
+            return nothing if self.bias is None else nothing + self.bias.sum()
+        if self.turn is not None:
+            turned = self.turn(qkv[:, : 2 * dim].unflatten(1, (2 * num_heads, -1)))
+            qkv = torch.cat([turned.flatten(1), qkv[:, 2 * dim :]], dim=1)
         padded = torch.ops.fbgemm.jagged_to_padded_dense(qkv, [self.offsets], [self.longest], 0.0)
         heads = padded.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(

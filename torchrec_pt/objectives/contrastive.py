@@ -1,7 +1,6 @@
 """Contrastive pretraining: two views of one history, or a user and the item that came next.
 
-views: NT-Xent (Chen et al. 2020, SimCLR, section 2.1) over augmented histories (Xie et al.
-2022, CL4SRec, section 3.2: crop, mask, reorder; Qiu et al. 2022, DuoRec: dropout alone).
+views: NT-Xent (Chen et al. 2020, SimCLR, section 2.1) over augmented histories (`augmentations`).
 user_item: InfoNCE with in-batch negatives, and sampled ones beside them (Yang et al. 2020, Mixed
 Negative Sampling), corrected by how often they are expected (`negatives`).
 Negatives come from all ranks.
@@ -24,22 +23,33 @@ from torchrec_pt.global_negatives import AcrossRanks, Keys, gathered_infonce_los
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.negatives import InBatch, Sampled, Source, join_keys
+from torchrec_pt.objectives.augmentations import Augmentations
 from torchrec_pt.objectives.item_softmax import build_sampler
 from torchrec_pt.objectives.loss_term import LossTerm
 from torchrec_pt.objectives.windows import draw_windows
 from torchrec_pt.ring import ring_infonce_loss
-from torchrec_pt.rng import RowNoise
 
 LOSSES: dict[str, AcrossRanks] = {"gather": gathered_infonce_loss, "ring": ring_infonce_loss}
 
 
 class ContrastiveObjective(nn.Module):
-    """`item_counts` (num_items,): training counts, for the correction of in-batch negatives."""
+    """Either kind of pairs.
+
+    Args:
+        item_counts: (num_items,) training counts, for the correction of in-batch negatives.
+        most_correlated: (num_items,) int64, where an augmentation needs it.
+    """
 
     needs_catalogue = False
 
     def __init__(
-        self, config: Contrastive, model: ModelConfig, item_counts: Tensor, *, seed: int
+        self,
+        config: Contrastive,
+        model: ModelConfig,
+        item_counts: Tensor,
+        *,
+        seed: int,
+        most_correlated: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.name = config.name
@@ -47,6 +57,7 @@ class ContrastiveObjective(nn.Module):
         self.config = config
         self._infonce = LOSSES[config.negatives_across_ranks]
         self.max_length = model.history_length
+        self.augment = Augmentations(config, self.max_length, most_correlated)
         # exp keeps it positive while it is learned (CLIP, Radford et al. 2021, section 2.5).
         log_temperature = torch.tensor(math.log(config.temperature))
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=config.learn_temperature)
@@ -72,38 +83,8 @@ class ContrastiveObjective(nn.Module):
     def _draw_views(self, rows: Rows) -> Draw:
         history = draw_windows(rows, self.max_length, "contrastive.window")
         both = Jagged.stack([history, history])
-        views, is_masked = self._augment(both, rows.noise.copies(2))
+        views, is_masked = self.augment(both, rows.noise.copies(2))
         return Draw(lookups={"views": views}, tensors={"is_masked": is_masked})
-
-    def _augment(self, history: Jagged, noise: RowNoise) -> tuple[Jagged, Tensor]:
-        """Each row by one of the configured augmentations; (jagged ids, (T,) bool masked)."""
-        lots = noise.per_row("contrastive.augment", 3)
-        names = self.config.augmentations
-        choice = (lots[:, 0] * len(names)).long().clamp(max=len(names) - 1)
-
-        def chosen(name: str) -> Tensor:
-            return choice == names.index(name) if name in names else choice < 0
-
-        lengths = history.lengths
-        kept = (lengths * self.config.crop_fraction).long().clamp(min=1).minimum(lengths)
-        start = (lots[:, 1] * (lengths - kept + 1)).long().minimum(lengths - kept)
-        is_crop = chosen("crop")
-        history = history.windows(
-            torch.where(is_crop, start, 0), torch.where(is_crop, kept, lengths)
-        )
-        row, position = history.rows, history.positions
-
-        is_masked = noise.per_token("contrastive.mask", row, position) < self.config.mask_fraction
-        is_masked &= chosen("mask")[row]
-
-        length = (lengths * self.config.reorder_fraction).long()
-        begin = (lots[:, 2] * (lengths - length + 1)).long().minimum(lengths - length)
-        is_shuffled = chosen("reorder")[row]
-        is_shuffled &= (position >= begin[row]) & (position < (begin + length)[row])
-        lot = noise.per_token("contrastive.reorder", row, position).double()
-        place = torch.where(is_shuffled, begin[row] + lot * length[row], position.double())
-        order = torch.argsort(row * (float(self.max_length) + 1) + place, stable=True)
-        return history.with_values(history.values[order]), is_masked
 
     def _draw_pairs(self, rows: Rows) -> Draw:
         # The item right after a drawn window; the window may be empty for a bidirectional model.

@@ -1,6 +1,7 @@
 """Softmax that finds one item: among the catalogue, or among sampled items.
 
-Either has `draw` with the batch, then `loss` with the queries that the model made of it:
+Either, as the binary cross-entropy of `item_bce`, has `draw` with the batch, then `loss` with the
+queries that the model made of it:
 
     target: (Q,) int64, the item that each prediction should find.
     row, position: (Q,) int64, the row of the batch that it belongs to, and its place there.
@@ -8,6 +9,8 @@ Either has `draw` with the batch, then `loss` with the queries that the model ma
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -43,7 +46,7 @@ class CatalogueSoftmax:
         return LossTerm(total, row_weight.sum())
 
 
-class SampledSoftmax:
+class SampledItems(ABC):
     """The items of a step, right ones and negatives, are looked up once each.
 
     Args:
@@ -91,6 +94,20 @@ class SampledSoftmax:
         # A number of its own for each prediction, the same on any number of ranks.
         return self.sampler.sample(rows.noise.rows[row] * self.max_length + position, step=step)
 
+    @abstractmethod
+    def loss(
+        self,
+        query: Tensor,
+        backbone: Backbone,
+        drawn: Embedded,
+        catalogue: Catalogue | None,
+        temperature: float,
+    ) -> LossTerm: ...
+
+
+class SampledSoftmax(SampledItems):
+    """Corrected by how often each negative is expected."""
+
     def loss(
         self,
         query: Tensor,
@@ -113,7 +130,7 @@ class SampledSoftmax:
         return LossTerm(total, query.new_tensor(float(len(query))))
 
 
-ItemSoftmax = CatalogueSoftmax | SampledSoftmax
+ItemLoss = CatalogueSoftmax | SampledItems
 
 
 def build_sampler(

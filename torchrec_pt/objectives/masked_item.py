@@ -10,7 +10,7 @@ from torchrec_pt.data.batch import Draw, Embedded, RowKeys, Rows
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.transformer import Transformer
-from torchrec_pt.objectives.item_softmax import CatalogueSoftmax, ItemSoftmax
+from torchrec_pt.objectives.item_softmax import CatalogueSoftmax, ItemLoss
 from torchrec_pt.objectives.loss_term import LossTerm, with_positions
 from torchrec_pt.objectives.windows import draw_windows
 
@@ -18,12 +18,12 @@ from torchrec_pt.objectives.windows import draw_windows
 class MaskedItemObjective(nn.Module):
     """Each item of a history is hidden with probability `mask_fraction`, at least one a row.
 
-    Softmax over the catalogue, or over sampled items, at the hidden positions. Needs bidirectional
-    attention.
+    Softmax over the catalogue or over sampled items, or binary cross-entropy, at the hidden
+    positions. Needs bidirectional attention.
     """
 
     def __init__(
-        self, config: MaskedItem, model: ModelConfig, softmax: ItemSoftmax | None = None
+        self, config: MaskedItem, model: ModelConfig, item_loss: ItemLoss | None = None
     ) -> None:
         super().__init__()
         model = with_positions(config.name, model)
@@ -38,8 +38,8 @@ class MaskedItemObjective(nn.Module):
         self.mask_fraction = config.mask_fraction
         self.temperature = config.temperature
         self.max_length = model.max_length
-        self.softmax = softmax or CatalogueSoftmax()
-        self.needs_catalogue = self.softmax.needs_catalogue
+        self.item_loss = item_loss or CatalogueSoftmax()
+        self.needs_catalogue = self.item_loss.needs_catalogue
 
     def draw(self, rows: Rows) -> Draw:
         history = draw_windows(rows, self.max_length, "masked_item.window")
@@ -48,7 +48,7 @@ class MaskedItemObjective(nn.Module):
         lowest = torch.full((rows.num_rows,), torch.inf).scatter_reduce(0, row, lot, "amin")
         is_masked = (lot < self.mask_fraction) | (lot == lowest[row])
         target = history.values[is_masked]
-        drawn = self.softmax.draw(target, rows, row[is_masked], history.positions[is_masked])
+        drawn = self.item_loss.draw(target, rows, row[is_masked], history.positions[is_masked])
         return Draw(
             lookups={"history": history, **drawn.lookups},
             tensors={"is_masked": is_masked, **drawn.tensors},
@@ -67,4 +67,4 @@ class MaskedItemObjective(nn.Module):
             drawn.vectors["history"], keys.noise, is_masked=is_masked
         )
         query = encoded[is_masked]
-        return self.softmax.loss(query, backbone, drawn, catalogue, self.temperature)
+        return self.item_loss.loss(query, backbone, drawn, catalogue, self.temperature)
