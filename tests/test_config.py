@@ -89,6 +89,11 @@ def _line(path: Path, *overrides: str) -> str:
             'pretrain: objective "masked_item" is given twice; merge the two',
         ),
         (
+            '[[data.features]]\ncolumn = "age"\nof = "user"\nkind = "numeric"\nencoder = "e5"',
+            "data.features[0]: an encoder is for the texts of users and items, age is numeric of "
+            "user; drop the encoder",
+        ),
+        (
             "[evaluate]\ncandidates = { nun = 99 }",
             'evaluate.candidates.nun: unknown key; did you mean "num"?',
         ),

@@ -61,8 +61,8 @@ def model(tmp_path: Path) -> Path:
 def config_of(folder: Path, model: Path | str | None, of: str = "item") -> DataConfig:
     """One user who takes every item, or every user with one item; row i has text i."""
     log = folder / "log.csv"
-    pairs = [(0, i) if of == "item" else (i, 0) for i in range(len(TITLES))]
-    lines = [f"{u},{i},{t},{title}" for (u, i), (t, title) in zip(pairs, enumerate(TITLES))]
+    ids = "0,{0}" if of == "item" else "{0},0"
+    lines = [f"{ids.format(i)},{i},{title}" for i, title in enumerate(TITLES)]
     log.write_text("\n".join(["user_id,item_id,time,title", *lines]) + "\n")
     feature = {"column": "title", "of": of, "kind": "text", "encoder": model and str(model)}
     raw = {"format": "csv", "path": log, "columns": {"timestamp": "time"}, "features": [feature]}
@@ -210,7 +210,7 @@ def test_lost_vectors_are_one_line(tmp_path: Path, model: Path, encoder: Encoder
     (tmp_path / "out" / "text_0.parquet").unlink()
     with pytest.raises(DataError, match=r"text_0\.parquet: must have \d+ bytes, is missing"):
         PreparedDataset.load(tmp_path / "out")
-    with pytest.raises(DataError, match="damaged, .*; remove the folder and prepare it again"):
+    with pytest.raises(DataError, match=r"damaged, .*; remove the folder and prepare it again"):
         load_entity_features(dataset, "item")
 
 

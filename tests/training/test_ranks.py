@@ -140,6 +140,12 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         "rating": pairs("rating", {"num_layers": 1, "attention": "causal", **row_wise}),
         "rating two_tower table_wise": pairs("rating", {**towers, **table_wise}),
         "rating two_tower": pairs("rating", towers),
+        "hidden rows two_tower": tiny_config(
+            folder,
+            FEATURES,
+            model={"dim": 16, **towers, "row_dropout": 0.4},
+            pretrain=pretrain(PAIRS),
+        ).model_dump(mode="json"),
         "two_tower": tiny_config(
             folder, FEATURES, model={"dim": 16, **towers}, pretrain=pretrain(PAIRS)
         ).model_dump(mode="json"),

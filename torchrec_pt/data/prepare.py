@@ -52,14 +52,14 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
         vocabulary.parquet    of, column, value, id: the categories seen in training; 0 = unknown
         text_<n>.parquet      vector: a row for each user or item, of the n-th feature, a text with
                               an encoder; zeros where there is no text
-    Items of the item file that no interaction has come last of all where `keep_unseen_items` says
-    so, in the order of that file, else not at all. Users and items that never train come last, by first row. The users and their interactions stand
-    in row groups of the same users, the manifest's `parts`. Features that stand in the
+    Users and items that never train come last, by first row; after them, where `keep_unseen_items`
+    says so, the items that the item file alone has, in its order. The users and their interactions
+    stand in row groups of the same users, the manifest's `parts`. Features that stand in the
     interactions are those of the first training row of a user or item, else of the first row.
     Numeric features are Float32, categorical ones String or List(String), vectors List(Float32).
 
-    A dataset made there from the same config, seed, format version and raw files is kept as it is;
-    any other prepared dataset is replaced.
+    A dataset made there from the same config, seed, format version, raw files and encoders is kept
+    as it is; any other prepared dataset is replaced.
 
     Args:
         seed: of a random split.
