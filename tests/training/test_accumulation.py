@@ -14,12 +14,12 @@ from torch import Tensor
 from tests.conftest import tiny_config
 from tests.training.both_ways import recorded, tensor_hashes, train_case
 from torchrec_pt.build import build_learner, build_task
-from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.batch import Rows
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, joined_ranks
+from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.optim import Optimizers, schedule_factor
 from torchrec_pt.rng import RowNoise
 from torchrec_pt.train import Trainer, TrainingError
