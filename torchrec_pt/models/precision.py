@@ -1,9 +1,9 @@
 """Mixed precision: the linear layers multiply in bfloat16, everything else stays float32.
 
 Micikevicius et al. 2018 (Mixed Precision Training, section 3.1: float32 master weights), with
-bfloat16, which has float32's range and needs no loss scaling (Kalamkar et al. 2019). torch.autocast
-around a step would take the products of the losses along, such as scores and Gram matrices; a
-loss then cannot forget to keep itself in float32.
+bfloat16, which has float32's range and needs no loss scaling (Kalamkar et al. 2019). Not
+torch.autocast around a step: it would take the products inside the losses along, such as scores
+and Gram matrices, unless every loss saw to it.
 """
 
 from __future__ import annotations
