@@ -46,7 +46,7 @@ def chains(only: str | None, has_s3rec: bool) -> Iterator[Chain]:
         if wanted(recipe.name):
             for seed in range(NUM_SEEDS):
                 yield (recipe_run(recipe, seed),)
-    for comparison in reversed(COMPARISONS):
+    for comparison in COMPARISONS:
         if wanted(comparison.recipe):
             for seed in range(comparison.num_seeds):
                 begun, after, alone = comparison_runs(comparison, seed)

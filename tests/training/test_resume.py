@@ -58,7 +58,7 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "adagrad": Workload(TRANSFORMER, [MASKED, VIEWS], (0.2, 0.1), "cosine", 12),
+    "adagrad": Workload(TRANSFORMER, [MASKED, VIEWS], (0.02, 0.2), "cosine", 12),
     "sgd": Workload(TRANSFORMER, [MASKED, VIEWS], (0.05, 0.5), "cosine", 12),
     "rowwise_adagrad": Workload(TWO_TOWER, [PAIRS], (0.1, 1.0), "linear", 12),
     "adamw": Workload(
