@@ -116,7 +116,7 @@ class Pretraining:
 
 
 PRETRAININGS = (
-    Pretraining("masked_item", BOTH),
+    Pretraining("masked_item", BOTH, {"temperature": 0.1}),
     Pretraining("contrastive", CAUSAL, {"pairs": "views"}),
 )
 
