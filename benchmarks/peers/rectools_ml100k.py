@@ -16,34 +16,28 @@ import argparse
 import json
 import time
 
-import numpy as np
 import pandas as pd
 import pytorch_lightning as lightning
+from ml100k import K, metrics, read
 from rectools import Columns
 from rectools.dataset import Dataset
 from rectools.models import BERT4RecModel, SASRecModel
 from rectools.models.nn.item_net import IdEmbeddingsItemNet
 
 EPOCHS = {"bert4rec": 160, "sasrec": 140}
-K = 10
 
 
-def read(path: str) -> pd.DataFrame:
-    """user, item, datetime, weight; `from_end`: 0 is a user's last interaction."""
-    table = pd.read_csv(path, sep="\t")
-    table.columns = [name.split(":")[0] for name in table.columns]
-    table = table.sort_values("timestamp", kind="stable")
-    rows = pd.DataFrame(
+def with_time(rows: pd.DataFrame) -> pd.DataFrame:
+    """In RecTools' columns."""
+    return pd.DataFrame(
         {
-            Columns.User: table["user_id"],
-            Columns.Item: table["item_id"],
+            Columns.User: rows["user_id"],
+            Columns.Item: rows["item_id"],
             Columns.Weight: 1.0,
             # Seconds tie: the order is the time.
-            Columns.Datetime: pd.Timestamp("2000-01-01") + pd.to_timedelta(range(len(table)), "s"),
+            Columns.Datetime: pd.Timestamp("2000-01-01") + pd.to_timedelta(rows.index, "s"),
         }
     )
-    rows["from_end"] = rows.groupby(Columns.User).cumcount(ascending=False)
-    return rows
 
 
 def main() -> None:
@@ -57,8 +51,8 @@ def main() -> None:
     arguments = parser.parse_args()
     epochs = arguments.epochs or EPOCHS[arguments.model]
     rows = read(arguments.inter)
-    test = rows[rows["from_end"] == 0].set_index(Columns.User)[Columns.Item]
-    train, known = (rows[rows["from_end"] >= n].drop(columns="from_end") for n in (2, 1))
+    test = rows[rows["from_end"] == 0].set_index("user_id")["item_id"]
+    train, known = (with_time(rows[rows["from_end"] >= n]) for n in (2, 1))
 
     lightning.seed_everything(arguments.seed, workers=True)
     build = BERT4RecModel if arguments.model == "bert4rec" else SASRecModel
@@ -82,10 +76,9 @@ def main() -> None:
         users=test.index.to_numpy(), dataset=Dataset.construct(known), k=K, filter_viewed=True
     )
     hits = found[found[Columns.Item].to_numpy() == test.loc[found[Columns.User]].to_numpy()]
-    rank = hits[Columns.Rank].to_numpy()
-    metrics = {"hr@10": len(rank) / len(test), "ndcg@10": (1 / np.log2(rank + 1)).sum() / len(test)}
     settings = {"model": arguments.model, "seed": arguments.seed, "epochs": epochs}
-    print(json.dumps({**settings, **metrics, "cpu_seconds": round(seconds)}))
+    reached = metrics(hits[Columns.Rank].to_numpy(), len(test))
+    print(json.dumps({**settings, **reached, "cpu_seconds": round(seconds)}))
 
 
 if __name__ == "__main__":
