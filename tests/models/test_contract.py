@@ -222,7 +222,8 @@ def test_two_threads_give_the_same_bits_every_time(build: Callable[..., Backbone
 def test_trained_in_bf16_it_gives_float32_vectors_near_those_of_float32(
     build: Callable[..., Backbone],
 ) -> None:
-    backbone, history = build(dropout=0.5), _history()
+    backbone = build(dropout=0.5)
+    history = _history(backbone)
     noise = RowNoise(0, 7, torch.arange(5))
     ids = torch.arange(backbone.items.num_items)
 
