@@ -128,7 +128,7 @@ def _over_seeds(values: list[float]) -> str:
 QUESTION = """## Does pretraining pay?
 
 The comparisons were written down ([recipes.py](../benchmarks/recipes.py)) before they were run,
-and all of them are here. One arm spends half of its epochs on another objective and goes on with
+and all that have run are here, whichever way they fell. One arm spends half of its epochs on another objective and goes on with
 each next item (`pretrain.continue_from`); the other spends all of them on next items. Same model,
 same number of epochs, same seeds; both choose their epoch on the validation split. The
 interval is Student's 95 % of the paired difference over seeds.
@@ -136,15 +136,18 @@ interval is Student's 95 % of the paired difference over seeds.
 
 
 def _comparisons_part() -> str:
-    rows = []
+    rows, missing = [], []
     for comparison in COMPARISONS:
         runs = [comparison_runs(comparison, seed) for seed in range(comparison.num_seeds)]
         after, alone = _all([run[1] for run in runs]), _all([run[2] for run in runs])
         if after and alone:
             rows.append(_comparison_row(comparison, after, alone))
+        else:
+            missing.append(f"{comparison.recipe} after {comparison.pretraining.name}")
     columns = ("recipe", "pretrained with", "epochs", "seeds", "NDCG@10 after", "alone")
     columns = (*columns, "NDCG@10, difference", "HR@10, difference")
-    return f"{QUESTION}\n{_table(columns, rows)}"
+    not_run = f"\nNot run over all seeds yet: {', '.join(missing)}.\n" if missing else ""
+    return f"{QUESTION}\n{_table(columns, rows)}{not_run}"
 
 
 def _comparison_row(comparison: Comparison, after: list[Result], alone: list[Result]) -> list[str]:
