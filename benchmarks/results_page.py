@@ -131,7 +131,7 @@ The comparisons were written down ([recipes.py](../benchmarks/recipes.py)) befor
 and all that have run are here, whichever way they fell. One arm spends half of its epochs on
 another objective and goes on with each next item (`pretrain.continue_from`); the other spends all
 of them on next items. Same model (with learned positions), number of epochs and seeds; both choose
-the validation split. The interval is Student's 95 % of the paired difference over seeds.
+their epoch on the validation split. The interval is Student's 95 % of the paired difference over seeds.
 """
 
 
