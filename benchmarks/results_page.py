@@ -130,8 +130,9 @@ QUESTION = """## Does pretraining pay?
 The comparisons were written down ([recipes.py](../benchmarks/recipes.py)) before they were run,
 and all that have run are here, whichever way they fell. One arm spends half of its epochs on
 another objective and goes on with each next item (`pretrain.continue_from`); the other spends all
-of them on next items. Same model (with learned positions), number of epochs and seeds; both choose
-their epoch on the validation split. The interval is Student's 95 % of the paired difference over seeds.
+of them on next items. Same model (with learned positions), number of epochs and seeds; both
+choose their epoch on the validation split. The interval is Student's 95 % of the paired
+difference over seeds.
 """
 
 
