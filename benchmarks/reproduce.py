@@ -34,7 +34,7 @@ Chain = tuple[Run, ...]  # one after the other; chains go side by side
 
 
 def chains(only: str | None, has_s3rec: bool) -> Iterator[Chain]:
-    """Everything to run, each run once, the longest first."""
+    """Everything to run, each run once, recipes before comparisons."""
     known: set[str] = set()
     data = {recipe.name: recipe.data for recipe in RECIPES}
 

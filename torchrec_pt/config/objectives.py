@@ -132,7 +132,7 @@ class Autoencoder(Section):
         None, ge=0, description="variational: of the KL divergence at the end; default: 0.2"
     )
     anneal_steps: int = Field(
-        0, ge=0, description="variational: steps in which kl_weight grows from 0"
+        0, ge=0, description="variational: batches in which kl_weight grows from 0"
     )
 
     @model_validator(mode="after")
