@@ -74,7 +74,7 @@ def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:
         )
     hiding = None
     if features.num_fields:
-        hiding = RowHiding(model.row_dropout, num_trained=int((dataset.item_counts > 0).sum()))
+        hiding = RowHiding(model.row_dropout, num_trained=dataset.num_trained_items)
     if model.backbone == "two_tower":
         users = load_entity_features(dataset, "user")
         return TwoTower(model, dataset.num_items, users, features, hiding)

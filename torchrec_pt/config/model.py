@@ -55,6 +55,11 @@ class BackboneConfig(Section):
         """Columns of the item table, of which an item's vector is made."""
         return self.dim
 
+    @property
+    def history_length(self) -> int:
+        """Items of a history that a user's vector reads."""
+        return self.max_length
+
 
 class TransformerConfig(BackboneConfig):
     """Self-attention over the history: causal as SASRec, bidirectional as BERT4Rec."""
@@ -83,7 +88,7 @@ class TransformerConfig(BackboneConfig):
 
     @property
     def history_length(self) -> int:
-        """Items of a history that a user's vector reads; a bidirectional model appends [MASK]."""
+        """A bidirectional model appends [MASK]."""
         return self.max_length if self.attention == "causal" else self.max_length - 1
 
 
@@ -92,10 +97,6 @@ class TwoTowerConfig(BackboneConfig):
 
     backbone: Literal["two_tower"]
     hidden_dims: tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...] = (128,)
-
-    @property
-    def history_length(self) -> int:
-        return self.max_length
 
 
 class AutoencoderConfig(BackboneConfig):
@@ -118,10 +119,6 @@ class AutoencoderConfig(BackboneConfig):
                 'which a cosine would lose; set it to "inner"'
             )
         return self
-
-    @property
-    def history_length(self) -> int:
-        return self.max_length
 
     @property
     def input_dim(self) -> int:

@@ -145,6 +145,11 @@ class PreparedDataset:
     def num_items(self) -> int:
         return self.manifest.num_items
 
+    @property
+    def num_trained_items(self) -> int:
+        """Items with a training interaction; dense ids count these first."""
+        return int((self.item_counts > 0).sum())
+
     def history(self, through: Literal["train", "valid", "test"]) -> Jagged:
         """Item ids of each user in time order, of this split and the ones before it."""
         return self.interactions.filter(self.split <= SPLIT_CODES[through])

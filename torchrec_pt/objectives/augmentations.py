@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchrec_pt.config import Contrastive
 from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.objectives.lots import draw_name, draw_place
 from torchrec_pt.objectives.windows import permute_stretches
 from torchrec_pt.rng import RowNoise
 
@@ -37,11 +38,7 @@ class Augmentations:
         """(jagged ids, (T,) bool: hidden)."""
         lots = noise.per_row("contrastive.augment", 3)
         names = self.config.augmentations
-        choice = (lots[:, 0] * len(names)).long().clamp(max=len(names) - 1)
-
-        def chosen(name: str) -> Tensor:
-            return choice == names.index(name) if name in names else choice < 0
-
+        chosen = draw_name(lots[:, 0], names)
         history = self._crop(history, chosen("crop"), lots[:, 1])
         if "substitute" in names:
             history = self._substitute(history, chosen("substitute"), noise)
@@ -55,7 +52,7 @@ class Augmentations:
     def _crop(self, history: Jagged, chosen: Tensor, lot: Tensor) -> Jagged:
         lengths = history.lengths
         kept = (lengths * self.config.crop_fraction).long().clamp(min=1).minimum(lengths)
-        start = (lot * (lengths - kept + 1)).long().minimum(lengths - kept)
+        start = draw_place(lot, lengths - kept)
         return history.windows(torch.where(chosen, start, 0), torch.where(chosen, kept, lengths))
 
     def _substitute(self, history: Jagged, chosen: Tensor, noise: RowNoise) -> Jagged:
@@ -81,7 +78,7 @@ class Augmentations:
     def _reorder(self, history: Jagged, chosen: Tensor, lot: Tensor, noise: RowNoise) -> Jagged:
         lengths = history.lengths
         length = (lengths * self.config.reorder_fraction).long()
-        begin = (lot * (lengths - length + 1)).long().minimum(lengths - length)
+        begin = draw_place(lot, lengths - length)
         lots = noise.per_token("contrastive.reorder", history.rows, history.positions)
         return permute_stretches(history, begin, torch.where(chosen, length, 0), lots)
 

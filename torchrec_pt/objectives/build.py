@@ -54,7 +54,7 @@ def _build_objective(
         return NextSegmentObjective(objective, model)
     if objective.name == "denoising":
         loss = _build_item_loss(objective, config, dataset)
-        return DenoisingObjective(objective, model, int((counts > 0).sum()), loss)
+        return DenoisingObjective(objective, model, dataset.num_trained_items, loss)
     return NextItemObjective(objective, model, _build_item_loss(objective, config, dataset))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchrec_pt.config import Denoising
 from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.objectives.lots import draw_name, draw_place, has_lowest
 from torchrec_pt.objectives.windows import permute_stretches
 from torchrec_pt.rng import RowNoise
 
@@ -37,23 +38,17 @@ def corrupt(
         jagged ids, and (T,) bool, which of them are [MASK].
     """
     row, position, lengths = history.rows, history.positions, history.lengths
-    names = config.corruptions
-    choice, lot_of_row = noise.per_row("corruption.row", 2).unbind(1)
-    choice = (choice * len(names)).long().clamp(max=len(names) - 1)
-
-    def chosen(name: str) -> Tensor:
-        return choice == names.index(name) if name in names else choice < 0
-
+    lot_of_name, lot_of_row = noise.per_row("corruption.row", 2).unbind(1)
+    chosen = draw_name(lot_of_name, config.corruptions)
     lot = noise.per_token("corruption.item", row, position)  # for the one corruption of its row
-    lowest = torch.full((history.num_rows,), torch.inf).scatter_reduce(0, row, lot, "amin")
-    is_lowest = lot == lowest[row]
+    is_lowest = has_lowest(history.with_values(lot))
 
     is_replaced = chosen("replace")[row] & (lot < config.replace_fraction)
     other = noise.token_bits("corruption.other", row, position) % num_items
     history = history.with_values(torch.where(is_replaced, other, history.values))
 
     length = (lengths * config.shuffle_fraction).long()
-    begin = (lot_of_row * (lengths - length + 1)).long().minimum(lengths - length)
+    begin = draw_place(lot_of_row, lengths - length)
     history = permute_stretches(history, begin, torch.where(chosen("shuffle"), length, 0), lot)
 
     is_begin = is_lowest | (lot < config.infill_fraction / _MEAN_SPAN)

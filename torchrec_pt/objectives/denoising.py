@@ -12,7 +12,7 @@ from torchrec_pt.models.decoder import Decoder
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.corruptions import corrupt
 from torchrec_pt.objectives.item_softmax import CatalogueSoftmax, ItemLoss
-from torchrec_pt.objectives.loss_term import LossTerm, with_positions
+from torchrec_pt.objectives.loss_term import LossTerm, with_attention
 from torchrec_pt.objectives.windows import draw_windows
 
 
@@ -34,13 +34,13 @@ class DenoisingObjective(nn.Module):
         item_loss: ItemLoss | None = None,
     ) -> None:
         super().__init__()
-        model = with_positions(config.name, model)
-        if model.attention != "bidirectional":
-            raise ValueError(
-                "pretrain.objectives: denoising reads both sides of what is corrupted; "
-                f'model.attention is "{model.attention}"; set it to "bidirectional", '
-                "or use next_item"
-            )
+        model = with_attention(
+            config.name,
+            model,
+            "bidirectional",
+            reason="reads both sides of what is corrupted",
+            instead="next_item",
+        )
         self.name = config.name
         self.scale = config.weight
         self.config = config

@@ -14,6 +14,7 @@ large; t = 1 takes that back, t = 0 is bce.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,11 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchrec_pt.config import PredictionNegatives
-from torchrec_pt.data.batch import Embedded
-from torchrec_pt.models.backbone import Backbone
-from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.objectives.item_softmax import SampledItems
-from torchrec_pt.objectives.loss_term import LossTerm
 
 BLOCK = 2**20  # elements of the rows gathered at once: 4 MB as float32
 
@@ -64,16 +61,10 @@ class SampledBce(SampledItems):
         # β = α (t (1 − 1/α) + 1/α), without division by what may be 0
         self.beta = 1 - calibration * (1 - config.num / num_others) if calibration else 1.0
 
-    def loss(
-        self,
-        query: Tensor,
-        backbone: Backbone,
-        drawn: Embedded,
-        catalogue: Catalogue | None,
-        temperature: float,
-    ) -> LossTerm:
-        items = backbone.encode_items(drawn.ids["items"].values, drawn.vectors["items"].values)
-        positive, negatives = drawn.tensors["positive"], drawn.tensors["negatives"]
+    def total(
+        self, query: Tensor, items: Tensor, drawn: Mapping[str, Tensor], temperature: float
+    ) -> Tensor:
+        positive, negatives = drawn["positive"], drawn["negatives"]
         score = (query * F.embedding(positive, items)).sum(1) / temperature
         if self.shared:
             scores = query @ F.embedding(negatives, items).T / temperature
@@ -83,8 +74,7 @@ class SampledBce(SampledItems):
         # log σ^β as β log σ: σ itself is 0 for scores below −104 in float32.
         of_negatives = F.logsigmoid(-scores).masked_fill(is_hit, 0).sum()
         total = -(self.beta * F.logsigmoid(score).sum() + of_negatives)
-        total = total / (1 + negatives.shape[-1])
-        return LossTerm(total, query.new_tensor(float(len(query))))
+        return total / (1 + negatives.shape[-1])
 
 
 def own_scores(query: Tensor, items: Tensor, ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ queries that the model made of it:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -94,20 +95,6 @@ class SampledItems(ABC):
         # A number of its own for each prediction, the same on any number of ranks.
         return self.sampler.sample(rows.noise.rows[row] * self.max_length + position, step=step)
 
-    @abstractmethod
-    def loss(
-        self,
-        query: Tensor,
-        backbone: Backbone,
-        drawn: Embedded,
-        catalogue: Catalogue | None,
-        temperature: float,
-    ) -> LossTerm: ...
-
-
-class SampledSoftmax(SampledItems):
-    """Corrected by how often each negative is expected."""
-
     def loss(
         self,
         query: Tensor,
@@ -117,17 +104,32 @@ class SampledSoftmax(SampledItems):
         temperature: float,
     ) -> LossTerm:
         items = backbone.encode_items(drawn.ids["items"].values, drawn.vectors["items"].values)
-        total = sampled_softmax_loss(
+        total = self.total(query, items, drawn.tensors, temperature)
+        return LossTerm(total, query.new_tensor(float(len(query))))
+
+    @abstractmethod
+    def total(
+        self, query: Tensor, items: Tensor, drawn: Mapping[str, Tensor], temperature: float
+    ) -> Tensor:
+        """0-dim, the sum of the predictions' losses; `drawn` as `draw` made it."""
+
+
+class SampledSoftmax(SampledItems):
+    """Corrected by how often each negative is expected."""
+
+    def total(
+        self, query: Tensor, items: Tensor, drawn: Mapping[str, Tensor], temperature: float
+    ) -> Tensor:
+        return sampled_softmax_loss(
             query,
             items,
-            drawn.tensors["positive"],
-            drawn.tensors["negatives"],
+            drawn["positive"],
+            drawn["negatives"],
             temperature=temperature,
-            log_q_negatives=drawn.tensors["log_q"],
+            log_q_negatives=drawn["log_q"],
             reduction="sum",
             sparse=False,
         )
-        return LossTerm(total, query.new_tensor(float(len(query))))
 
 
 ItemLoss = CatalogueSoftmax | SampledItems

@@ -51,15 +51,25 @@ class Objective(Protocol):
     ) -> LossTerm: ...
 
 
-def with_positions(name: str, model: ModelConfig) -> TransformerConfig:
-    """The model's configuration, once it is sure that the model has a vector at every position.
+def with_attention(
+    name: str, model: ModelConfig, attention: str, *, reason: str, instead: str
+) -> TransformerConfig:
+    """The model's configuration, once it is sure of a vector at every position by this attention.
 
+    Args:
+        name: the objective that needs it.
+        reason: why not by another attention; `instead`: the objective for that one.
     Raises:
-        ValueError: the objective `name` needs one, and the backbone has not.
+        ValueError: the backbone has no such vectors, or by another attention.
     """
     if model.backbone != "transformer":
         raise ValueError(
             f"pretrain.objectives: {name} needs a vector at every position, which "
             f'{model.backbone} has not; use contrastive, or set model.backbone to "transformer"'
+        )
+    if model.attention != attention:
+        raise ValueError(
+            f'pretrain.objectives: {name} {reason}; model.attention is "{model.attention}"; '
+            f'set it to "{attention}", or use {instead}'
         )
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from torchrec_pt.config import MaskedItem, ModelConfig
@@ -11,7 +10,8 @@ from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.item_softmax import CatalogueSoftmax, ItemLoss
-from torchrec_pt.objectives.loss_term import LossTerm, with_positions
+from torchrec_pt.objectives.loss_term import LossTerm, with_attention
+from torchrec_pt.objectives.lots import has_lowest
 from torchrec_pt.objectives.windows import draw_windows
 
 
@@ -26,13 +26,13 @@ class MaskedItemObjective(nn.Module):
         self, config: MaskedItem, model: ModelConfig, item_loss: ItemLoss | None = None
     ) -> None:
         super().__init__()
-        model = with_positions(config.name, model)
-        if model.attention != "bidirectional":
-            raise ValueError(
-                "pretrain.objectives: masked_item reads both sides of a masked item; "
-                f'model.attention is "{model.attention}"; set it to "bidirectional", '
-                "or use next_item"
-            )
+        model = with_attention(
+            config.name,
+            model,
+            "bidirectional",
+            reason="reads both sides of a masked item",
+            instead="next_item",
+        )
         self.name = config.name
         self.scale = config.weight
         self.mask_fraction = config.mask_fraction
@@ -45,8 +45,7 @@ class MaskedItemObjective(nn.Module):
         history = draw_windows(rows, self.max_length, "masked_item.window")
         row = history.rows
         lot = rows.noise.per_token("masked_item.mask", row, history.positions)
-        lowest = torch.full((rows.num_rows,), torch.inf).scatter_reduce(0, row, lot, "amin")
-        is_masked = (lot < self.mask_fraction) | (lot == lowest[row])
+        is_masked = (lot < self.mask_fraction) | has_lowest(history.with_values(lot))
         target = history.values[is_masked]
         drawn = self.item_loss.draw(target, rows, row[is_masked], history.positions[is_masked])
         return Draw(

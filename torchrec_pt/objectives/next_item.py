@@ -10,7 +10,7 @@ from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.objectives.item_softmax import CatalogueSoftmax, ItemLoss
-from torchrec_pt.objectives.loss_term import LossTerm, with_positions
+from torchrec_pt.objectives.loss_term import LossTerm, with_attention
 from torchrec_pt.objectives.windows import draw_windows
 
 
@@ -25,12 +25,13 @@ class NextItemObjective(nn.Module):
         self, config: NextItem, model: ModelConfig, item_loss: ItemLoss | None = None
     ) -> None:
         super().__init__()
-        model = with_positions(config.name, model)
-        if model.attention != "causal":
-            raise ValueError(
-                "pretrain.objectives: next_item must not see the next item; "
-                f'model.attention is "{model.attention}"; set it to "causal", or use masked_item'
-            )
+        model = with_attention(
+            config.name,
+            model,
+            "causal",
+            reason="must not see the next item",
+            instead="masked_item",
+        )
         self.name = config.name
         self.scale = config.weight
         self.temperature = config.temperature

@@ -19,6 +19,7 @@ from torchrec_pt.distributed import gather_rows
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.objectives.loss_term import LossTerm
+from torchrec_pt.objectives.lots import draw_place
 from torchrec_pt.objectives.windows import draw_windows
 
 _LAST = torch.iinfo(torch.int64).max  # the number of a row that is no pair
@@ -51,8 +52,7 @@ class NextSegmentObjective(nn.Module):
         shortest = (length - self.max_length).clamp(min=1)
         longest = (length - 1).clamp(max=self.max_length)
         lot = rows.noise.per_row("next_segment.cut", 1).squeeze(1)
-        cut = shortest + (lot * (longest - shortest + 1)).long()
-        cut = torch.where(is_pair, cut.minimum(longest), 0)
+        cut = torch.where(is_pair, shortest + draw_place(lot, longest - shortest), 0)
         before = window.windows(0 * cut, cut)
         after = window.windows(cut, torch.where(is_pair, length - cut, 0))
         return Draw(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torchrec_pt.data.batch import Rows
 from torchrec_pt.data.jagged import Jagged
+from torchrec_pt.objectives.lots import draw_place
 
 
 def draw_windows(rows: Rows, max_length: int, site: str) -> Jagged:
@@ -18,8 +19,9 @@ def draw_windows(rows: Rows, max_length: int, site: str) -> Jagged:
     lengths = rows.histories.lengths
     spare = (lengths - max_length).clamp(min=0)
     lot = rows.noise.per_row(site, 1).squeeze(1)
-    start = (lot * (spare + 1)).long().clamp(max=spare)
-    return rows.histories.windows(start, torch.minimum(lengths, torch.tensor(max_length)))
+    return rows.histories.windows(
+        draw_place(lot, spare), torch.minimum(lengths, torch.tensor(max_length))
+    )
 
 
 def permute_stretches(history: Jagged, begin: Tensor, length: Tensor, lot: Tensor) -> Jagged:
