@@ -516,8 +516,8 @@ def test_refuses_what_stands_in_rows_and_exclusions(
 def test_operators_pass_opcheck(distribution: str) -> None:
     tables = build(distribution, 20, 3)._tables_on(torch.device("cpu"))
     exclude = exclude_rows([1, 2], [])
-    args = (torch.arange(2), 3, 20, 0, 0, tables.columns, tables.mass, *vars(exclude).values())
-    torch.library.opcheck(OPS.sample_negatives.default, args)
+    drawn_from = (20, 0, 0, tables.columns, tables.mass, exclude.values, exclude.offsets)
+    torch.library.opcheck(OPS.sample_negatives.default, (torch.arange(2), 3, *drawn_from))
     torch.library.opcheck(OPS.philox.default, (torch.ones(2, 4).long(), torch.ones(2).long()))
     torch.library.opcheck(OPS.alias_table.default, (torch.ones(3).double(),))
 
