@@ -26,7 +26,8 @@ from torchrec_pt.optim import Optimizers
 from torchrec_pt.plan import table_plans
 from torchrec_pt.saver import Saver
 from torchrec_pt.scoring import ModelScorer
-from torchrec_pt.tasks.pairs import PairTask, held_out_pairs
+from torchrec_pt.tasks.asked import held_out_pairs
+from torchrec_pt.tasks.pairs import PairTask
 from torchrec_pt.transfer import model_tensors, optimizer_tensors
 from torchrec_pt.validation import gather_judged
 
