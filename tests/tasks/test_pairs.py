@@ -61,7 +61,7 @@ def scattered(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return PreparedDataset.load(out)
 
 
-def _config(name: str, model: str = "bidirectional", **task: Any) -> RunConfig:
+def pair_config(name: str, model: str = "bidirectional", **task: Any) -> RunConfig:
     return tiny_config(
         Path(),
         model={"dim": DIM, "max_length": 5, "dropout": 0.0, **MODELS[model]},
@@ -69,7 +69,7 @@ def _config(name: str, model: str = "bidirectional", **task: Any) -> RunConfig:
     )
 
 
-def _built(config: RunConfig, data: PreparedDataset) -> tuple[PairTask, Backbone]:
+def built(config: RunConfig, data: PreparedDataset) -> tuple[PairTask, Backbone]:
     task = build_task(config, next(iter(config.finetune.tasks)), data)
     assert isinstance(task, PairTask)
     backbone = build_backbone(config.model, data)
@@ -78,7 +78,7 @@ def _built(config: RunConfig, data: PreparedDataset) -> tuple[PairTask, Backbone
     return task, backbone
 
 
-def _rows(data: PreparedDataset, users: list[int], step: int = 0) -> Rows:
+def rows_of_ids(data: PreparedDataset, users: list[int], step: int = 0) -> Rows:
     ids = torch.tensor(users)
     return Rows(
         users=ids,
@@ -93,7 +93,7 @@ def _interactions(asked: Asked) -> Jagged:
     return asked.targets.with_values(asked.interactions)
 
 
-def _parts(jagged: Jagged) -> list[list[int]]:
+def parts_of(jagged: Jagged) -> list[list[int]]:
     return [part.tolist() for part in jagged.values.split(jagged.lengths.tolist())]
 
 
@@ -112,7 +112,10 @@ def test_a_held_out_row_is_asked_once_with_what_was_known_before_it(
     splits = dataset.split.tolist()
     seen = []
     for user, history, targets in zip(
-        asked.users.tolist(), _parts(asked.history(999)), _parts(_interactions(asked)), strict=True
+        asked.users.tolist(),
+        parts_of(asked.history(999)),
+        parts_of(_interactions(asked)),
+        strict=True,
     ):
         for row in targets:
             known = [r for r in range(row) if user_of[r] == user and splits[r] < code]
@@ -127,8 +130,8 @@ def test_a_held_out_row_is_asked_once_with_what_was_known_before_it(
 def test_training_asks_training_rows_right_after_their_history(
     scattered: PreparedDataset, name: str
 ) -> None:
-    task, _ = _built(_config(name, cuts_per_user=2, targets_per_cut=3), scattered)
-    trained = _parts(
+    task, _ = built(pair_config(name, cuts_per_user=2, targets_per_cut=3), scattered)
+    trained = parts_of(
         scattered.interactions.with_values(torch.arange(len(scattered.split))).filter(
             scattered.split == 0
         )
@@ -136,9 +139,9 @@ def test_training_asks_training_rows_right_after_their_history(
     items = scattered.interactions.values
     asked_rows: set[int] = set()
     for step in range(60):
-        draw = task.draw(_rows(scattered, [3, -1, 0], step))
-        targets = _parts(draw.lookups["target"].with_values(draw.tensors["interaction"]))
-        histories = _parts(draw.lookups["history"])
+        draw = task.draw(rows_of_ids(scattered, [3, -1, 0], step))
+        targets = parts_of(draw.lookups["target"].with_values(draw.tensors["interaction"]))
+        histories = parts_of(draw.lookups["history"])
         for user, target, history in zip([3, -1, 0] * 2, targets, histories, strict=True):
             if user < 0:
                 assert target == history == []
@@ -169,7 +172,7 @@ def _perturbed(task: PairTask) -> None:
 def test_predictions_are_the_formula_written_out(
     scattered: PreparedDataset, name: str, model: str
 ) -> None:
-    task, backbone = _built(_config(name, model), scattered)
+    task, backbone = built(pair_config(name, model), scattered)
     _perturbed(task)
     asked = held_out_pairs(scattered, "test").select(torch.arange(12))
     drawn = embedded(task.draw_asked(asked), backbone.items.weight)
@@ -179,14 +182,14 @@ def test_predictions_are_the_formula_written_out(
             _written_out(task, backbone, scattered, user, history, row)
             for user, history, rows in zip(
                 asked.users.tolist(),
-                _parts(asked.history(999)),
-                _parts(_interactions(asked)),
+                parts_of(asked.history(999)),
+                parts_of(_interactions(asked)),
                 strict=True,
             )
             for row in rows
         ]
     torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-4, atol=1e-5)
-    assert min(len(history) for history in _parts(asked.history(999))) < 3
+    assert min(len(history) for history in parts_of(asked.history(999))) < 3
 
 
 def _written_out(
@@ -260,7 +263,7 @@ def _written_out(
 def test_a_label_that_is_asked_does_not_reach_its_own_prediction(
     scattered: PreparedDataset, name: str
 ) -> None:
-    task, backbone = _built(_config(name), scattered)
+    task, backbone = built(pair_config(name), scattered)
     _perturbed(task)
     asked = held_out_pairs(scattered, "test")
     before = task.predict(
@@ -295,7 +298,7 @@ def _closed_biases(task: PairTask, data: PreparedDataset) -> Tensor:
 def test_an_asked_training_label_is_not_in_its_own_bias(
     scattered: PreparedDataset, name: str
 ) -> None:
-    task, _ = _built(_config(name), scattered)
+    task, _ = built(pair_config(name), scattered)
     items, train = scattered.interactions.values, scattered.split == 0
     row = int(torch.nonzero(train)[7])
     others = train.clone()
@@ -309,13 +312,15 @@ def test_an_asked_training_label_is_not_in_its_own_bias(
 
 @EVERY_TASK
 def test_the_biases_alone_are_mean_item_and_user(scattered: PreparedDataset, name: str) -> None:
-    task, _ = _built(_config(name), scattered)
+    task, _ = built(pair_config(name), scattered)
     asked = held_out_pairs(scattered, "test").select(torch.arange(20))
     got = task.predict_by_biases(asked).tolist()
     items, labels = scattered.interactions.values.tolist(), task.labels.tolist()
     bias = _closed_biases(task, scattered).tolist()
     expected = []
-    for history, rows in zip(_parts(asked.history(999)), _parts(_interactions(asked)), strict=True):
+    for history, rows in zip(
+        parts_of(asked.history(999)), parts_of(_interactions(asked)), strict=True
+    ):
         user = sum(labels[r] - task.mean - bias[items[r]] for r in history) / (
             len(history) + task.shrinkage
         )
@@ -338,7 +343,7 @@ def test_rare_clicks_start_no_worse_than_their_rate(cycle: PreparedDataset) -> N
     config = tiny_config(
         Path(), model={"dim": DIM, "max_length": 5, "num_layers": 1}, finetune={"ctr": {}}
     )
-    task, backbone = _built(config, rare)
+    task, backbone = built(config, rare)
     asked = held_out_pairs(rare, "test")
     labels = clicks[asked.interactions]
     constant = F.binary_cross_entropy(torch.full_like(labels, task.mean), labels)
@@ -401,7 +406,7 @@ def test_labels_that_cannot_be_learned_are_refused(
 
 def test_rating_without_ratings_is_refused(cycle: PreparedDataset) -> None:
     with pytest.raises(ValueError, match=r"data\.columns\.rating is not set"):
-        build_task(_config("rating"), "rating", dataclasses.replace(cycle, rating=None))
+        build_task(pair_config("rating"), "rating", dataclasses.replace(cycle, rating=None))
 
 
 # --- learning -----------------------------------------------------------------------------------
@@ -418,7 +423,7 @@ def test_it_lowers_its_own_loss(
 ) -> None:
     monkeypatch.setattr(losses, "EPOCHS", 25)  # of four steps
     task = {"batch_size": 10, "learning_rate": 0.01, "warmup_steps": 0, "cuts_per_user": 2}
-    config = _config(name, model, **task)
+    config = pair_config(name, model, **task)
     found = losses.train({"config": config.model_dump(mode="json")}, cycle_with_features, ranks)[
         "losses"
     ]
@@ -428,7 +433,7 @@ def test_it_lowers_its_own_loss(
 
 
 def test_blocks_of_any_size_predict_the_same(scattered: PreparedDataset, ranks: Ranks) -> None:
-    task, backbone = _built(_config("rating"), scattered)
+    task, backbone = built(pair_config("rating"), scattered)
     _perturbed(task)
 
     @dataclasses.dataclass
