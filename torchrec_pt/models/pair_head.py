@@ -139,18 +139,20 @@ class HistoryAttention(nn.Module):
         logits = query @ key.transpose(2, 3) * (self.num_heads**0.5 / key.shape[3] ** 0.5)
         if targets.times is not None and memory.times is not None:
             logits = logits + self._time_bias(targets, memory)
-        is_padding = torch.arange(key.shape[2], device=key.device) >= memory.lengths.unsqueeze(1)
-        logits = logits.masked_fill(is_padding[:, None, None], -torch.inf)
-        null = self.null.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-        share = torch.cat([null, logits], dim=3).softmax(dim=3)[..., 1:]
-        mean = (share @ value).transpose(1, 2).flatten(2)
+        is_hidden = torch.arange(key.shape[2], device=key.device) >= memory.lengths.unsqueeze(1)
+        mean = (self._shares(logits, is_hidden) @ value).transpose(1, 2).flatten(2)
         told = _padded(memory.with_values(torch.stack([residuals, is_known.float()], dim=1)))
-        null_share = 1 - share.sum(3)
-        sums = share @ told.unsqueeze(1)
-        echo = (sums[..., 0] / (null_share + sums[..., 1]).clamp(min=1e-6)).transpose(1, 2)
+        shares = self._shares(logits, is_hidden | (told[..., 1] == 0))
+        echo = (shares @ told[..., :1].unsqueeze(1)).squeeze(3).transpose(1, 2)
         both = torch.cat([mean, echo], dim=2)
         packed = torch.ops.fbgemm.dense_to_jagged(both, [targets.offsets], len(targets.values))[0]
         return packed[:, : -self.num_heads], packed[:, -self.num_heads :]
+
+    def _shares(self, logits: Tensor, is_hidden: Tensor) -> Tensor:
+        """(R, H, most targets, longest) softmax beside the null key; hidden: (R, longest)."""
+        null = self.null.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        seen = logits.masked_fill(is_hidden[:, None, None], -torch.inf)
+        return torch.cat([null, seen], dim=3).softmax(dim=3)[..., 1:]
 
     def _time_bias(self, targets: Jagged, memory: Jagged) -> Tensor:
         """(R, H, most targets, longest history)"""
