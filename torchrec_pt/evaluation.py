@@ -198,5 +198,5 @@ def _summary(estimates: dict[str, dict[str, Estimate]], protocol: str = "") -> T
 
 
 def _require(manifest: Manifest) -> None:
-    if not manifest.num_test:
-        raise ValueError("data.split: no user has a test interaction; change the split")
+    if not manifest.num_taken_test:
+        raise ValueError("data.split: no user took an item in test; change the split")

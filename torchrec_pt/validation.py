@@ -42,8 +42,8 @@ def validation(
     Raises:
         ValueError: the split left nothing to validate on.
     """
-    if not dataset.manifest.num_valid:
-        raise ValueError("data.split: no user has a validation interaction; change the split")
+    if not dataset.manifest.num_taken_valid:
+        raise ValueError("data.split: no user took an item in validation; change the split")
     batch_size = config.evaluate.batch_size
     task = next(iter(learner.objectives.values()), None)
     if isinstance(task, PairTask):
