@@ -31,7 +31,7 @@ from torchrec_pt.metrics import (
     sampled_ranking_metrics,
 )
 from torchrec_pt.runs import finished_stages
-from torchrec_pt.scoring import ModelScorer, Scorer
+from torchrec_pt.scoring import ModelScorer, Scorer, head_of
 from torchrec_pt.stages import Stage
 from torchrec_pt.tasks.pairs import PairTask, held_out_pairs
 from torchrec_pt.validation import gather_judged
@@ -128,8 +128,9 @@ def _scorers(stage: Stage, dataset: PreparedDataset) -> Iterator[tuple[str, Scor
     finished = finished_stages(config, dataset)
     for name, folder in {"pretrained": "pretrain", **_arms("ranking")}.items():
         if folder in finished:
-            learner = load_learner(config, finished[folder].checkpoint, dataset, ranks)
-            yield name, ModelScorer(learner.backbone, history, ranks)
+            objectives = [] if folder == "pretrain" else [build_task(config, "ranking", dataset)]
+            learner = load_learner(config, finished[folder].checkpoint, dataset, ranks, objectives)
+            yield name, ModelScorer(learner.backbone, history, ranks, head_of(learner))
 
 
 def evaluate_pairs(

@@ -20,7 +20,7 @@ from torchrec_pt.metrics import (
     ranking_metrics,
     rating_metrics,
 )
-from torchrec_pt.scoring import ModelScorer
+from torchrec_pt.scoring import ModelScorer, head_of
 from torchrec_pt.tasks.ctr import CtrTask
 from torchrec_pt.tasks.pairs import Asked, PairTask, held_out_pairs
 from torchrec_pt.tasks.rating import RatingTask
@@ -62,7 +62,7 @@ def validation(
     history = dataset.history("train")
 
     def validate_ranking() -> dict[str, float]:
-        scorer = ModelScorer(learner.backbone, history, ranks)
+        scorer = ModelScorer(learner.backbone, history, ranks, head_of(learner))
         found = rank_targets(scorer, asked, parts, dataset.num_items, ranks, batch_size)
         _, (found,) = gather_by_user(users, [found], ranks)
         return {n: float(v.mean()) for n, v in ranking_metrics(found, (10,)).items()}
