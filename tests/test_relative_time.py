@@ -147,7 +147,8 @@ def finished(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 @pytest.fixture(scope="module")
 def served(finished: RunConfig, ranks: Ranks) -> tuple[PreparedDataset, Backbone]:
-    return load_served(finished.run_dir, ranks)
+    dataset, learner = load_served(finished.run_dir, ranks)
+    return dataset, learner.backbone
 
 
 def test_evaluation_and_serving_read_the_times(

@@ -26,7 +26,7 @@ from torchrec_pt.placement import Placement, settle_placement
 from torchrec_pt.sharding import fill_item_table, shard
 from torchrec_pt.tasks.ctr import CtrTask
 from torchrec_pt.tasks.pairs import PairTask
-from torchrec_pt.tasks.ranking import RankingTask
+from torchrec_pt.tasks.ranking import RankingTask, build_ranking
 from torchrec_pt.tasks.rating import RatingTask
 
 
@@ -54,7 +54,7 @@ def build_task(config: RunConfig, name: str, dataset: PreparedDataset) -> Rankin
         assert finetune.rating is not None
         return RatingTask(finetune.rating, config.model, dataset, seed=config.seed)
     assert finetune.ranking is not None
-    return RankingTask(finetune.ranking, config.model, dataset.num_items, seed=config.seed)
+    return build_ranking(finetune.ranking, config.model, dataset, seed=config.seed)
 
 
 def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:

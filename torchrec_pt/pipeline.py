@@ -28,7 +28,7 @@ from torchrec_pt.export import export_embeddings
 from torchrec_pt.files import whole_file, write_json
 from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.recommender import Recommendation, Recommender, find_user
-from torchrec_pt.runs import StageResult, finished_stages
+from torchrec_pt.runs import StageResult, finished_stages, is_of_ranking, served_stage
 from torchrec_pt.stages import Stage, entered, train_stage
 
 
@@ -176,6 +176,14 @@ def export_run(config: RunConfig, console: Console | None = None) -> list[Path]:
                 path = export_embeddings(config.run_dir, what, format=format)
                 paths.append(path)
                 stage.say(f"export: {what} in {path}")
+        ranking = config.finetune.ranking
+        if ranking is not None and ranking.head == "mlp":
+            served = served_stage(config, _load_prepared(stage))
+            if is_of_ranking(served):
+                stage.say(
+                    "export: the served model ranks by its mlp head, so inner products of these "
+                    "vectors alone do not reproduce its ranking; ask Recommender for that"
+                )
         return paths
 
 

@@ -169,6 +169,11 @@ def load_run_config(run_dir: Path) -> RunConfig:
     return config.model_copy(update={"run_dir": run_dir})
 
 
+def is_of_ranking(served: StageResult) -> bool:
+    """Whether a served stage is the fine-tuned one, whose model has the ranking task's head."""
+    return served.folder.name != "pretrain"
+
+
 def served_stage(config: RunConfig, dataset: PreparedDataset) -> StageResult:
     """The stage whose model is served: fine-tuned for ranking, or else pretrained.
 

@@ -26,6 +26,7 @@ from torchrec_pt.runs import (
     origin_digest,
     stage_fingerprint,
 )
+from torchrec_pt.tasks.pairs import PairTask
 from torchrec_pt.train import Trainer
 from torchrec_pt.transfer import Numbering, continue_training, load_pretrained
 from torchrec_pt.validation import monitor_of, validation
@@ -101,6 +102,7 @@ def train_stage(
         max_length=config.model.max_length,
         seed=config.seed,
         ranks=ranks,
+        with_impressions=isinstance(objectives[0], PairTask),
     )
     num_steps = train.epochs * train.steps_in(loader.steps_per_epoch)
     optimizers = Optimizers(built.model, train, built.placement, num_steps)

@@ -20,7 +20,7 @@ from torchrec_pt.metrics import (
     ranking_metrics,
     rating_metrics,
 )
-from torchrec_pt.scoring import ModelScorer
+from torchrec_pt.scoring import ModelScorer, head_of
 from torchrec_pt.tasks.asked import Asked
 from torchrec_pt.tasks.ctr import CtrTask
 from torchrec_pt.tasks.pairs import PairTask
@@ -43,8 +43,8 @@ def validation(
     Raises:
         ValueError: the split left nothing to validate on.
     """
-    if not dataset.manifest.num_valid:
-        raise ValueError("data.split: no user has a validation interaction; change the split")
+    if not dataset.manifest.num_taken_valid:
+        raise ValueError("data.split: no user took an item in validation; change the split")
     batch_size = config.evaluate.batch_size
     task = next(iter(learner.objectives.values()), None)
     if isinstance(task, PairTask):
@@ -63,7 +63,7 @@ def validation(
     history = dataset.history("train")
 
     def validate_ranking() -> dict[str, float]:
-        scorer = ModelScorer(learner.backbone, history, ranks)
+        scorer = ModelScorer(learner.backbone, history, ranks, head_of(learner))
         found = rank_targets(scorer, asked, parts, dataset.num_items, ranks, batch_size)
         _, (found,) = gather_by_user(users, [found], ranks)
         return {n: float(v.mean()) for n, v in ranking_metrics(found, (10,)).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from torchrec_pt.config.objectives import Negatives
 from torchrec_pt.config.section import Section
@@ -25,12 +25,84 @@ class TaskConfig(TrainConfig):
 
 
 class RankingConfig(TaskConfig):
-    """Next-item ranking. `softmax` is listwise over the catalogue, `bpr` pairwise."""
+    """Which items a user takes next: softmax over the catalogue, or a loss over lists.
 
-    loss: Literal["softmax", "bpr"] = "softmax"
-    temperature: float = Field(1.0, gt=0)
+    A list is the next relevant items after a cut of the user's history, and negatives: items that
+    the user never took in training, some of them shown to the user where the data says so.
+    """
+
+    loss: Literal["softmax", "bpr", "hinge", "listnet", "lambda", "approx_ndcg"] = Field(
+        "softmax",
+        description="pairwise: bpr, hinge; listwise: softmax (over the catalogue, or where "
+        "negatives is given over sampled items), listnet, lambda, approx_ndcg",
+    )
+    temperature: float = Field(1.0, gt=0, description="scores are divided by it")
+    margin: float = Field(1.0, gt=0, description="hinge: how far ahead is far enough")
     targets_per_user: int = Field(1, ge=1, description="history cuts of a user in one step")
-    num_negatives: int = Field(16, ge=1, description="bpr: sampled negatives of a target")
+    targets_per_cut: int = Field(1, ge=1, description="relevant items after a cut, in one list")
+    negatives: Negatives | None = Field(
+        None,
+        description="of a list; default: 16 of uniform distribution, and for softmax the catalogue",
+    )
+    impressions: bool | None = Field(
+        None,
+        description="items shown to the user after the cut and not taken (or rated below "
+        "positive_rating) are up to half of a list's negatives; default: where there are labels",
+    )
+    positive_rating: float | None = Field(
+        None, description="lowest rating of a relevant item; default: all that was taken is"
+    )
+    gain: Literal["binary", "rating"] = Field(
+        "binary", description="how relevant an item is: 1, or its rating"
+    )
+    head: Literal["inner", "linear", "mlp"] = Field(
+        "inner",
+        description="inner: products of vectors; linear: of the item's and a map of the user's "
+        "(a linear probe trains it); mlp: the product and an MLP over interactions and features",
+    )
+    interactions: tuple[InteractionName, ...] = Field(
+        ("concat", "hadamard"), min_length=1, description="mlp: what it reads"
+    )
+    hidden_dims: tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...] = Field(
+        (128, 64), min_length=1, description="mlp"
+    )
+    dropout: float = Field(0.2, ge=0, le=0.99, description="mlp")
+
+    @property
+    def list_negatives(self) -> Negatives | None:
+        """Negatives of a list; None where there are no lists but the catalogue."""
+        if self.negatives is not None or self.loss == "softmax":
+            return self.negatives
+        return Negatives(num=16, distribution="uniform")
+
+    @model_validator(mode="after")
+    def _loss_and_head_read_their_settings(self) -> RankingConfig:
+        if self.margin != 1 and self.loss != "hinge":
+            raise ValueError(
+                f'margin is that of hinge, and loss is "{self.loss}"; leave margin out, or set '
+                'loss to "hinge"'
+            )
+        if self.list_negatives is None and self.head == "mlp":
+            raise ValueError(
+                "the mlp head scores pair by pair, and softmax is over the whole catalogue; add "
+                'negatives, such as { num = 256 }, or set head to "linear" or "inner"'
+            )
+        if self.list_negatives is None and self.impressions:
+            raise ValueError(
+                "impressions are negatives of lists, and softmax over the catalogue has none; add "
+                "negatives, such as { num = 256 }, or leave impressions out"
+            )
+        given = {"interactions", "hidden_dims", "dropout"} & self.model_fields_set
+        defaults = type(self).model_fields
+        changed = sorted(name for name in given if getattr(self, name) != defaults[name].default)
+        if changed and self.head != "mlp":
+            raise ValueError(
+                f'{changed[0]} is of the mlp head, and head is "{self.head}"; leave it out, or '
+                'set head to "mlp"'
+            )
+        if len(set(self.interactions)) < len(self.interactions):
+            raise ValueError("interactions: each layer is named once; drop the repeated ones")
+        return self
 
 
 class PairConfig(TaskConfig):
