@@ -40,3 +40,8 @@ def test_a_loss_and_its_gradient_are_its_formula(cycle: PreparedDataset, loss: s
     torch.testing.assert_close(got, torch.autograd.grad(expected, linked)[0])
     nothing = task.total_loss(linked[:0], labels[:0])
     assert float(nothing.detach()) == 0
+
+
+def test_heads_that_do_not_divide_the_vectors_are_refused(cycle: PreparedDataset) -> None:
+    with pytest.raises(ValueError, match=r"rating\.attention_heads: must divide model\.dim \(16\)"):
+        built(pair_config("rating", attention_heads=3), cycle)

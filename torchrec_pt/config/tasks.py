@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from torchrec_pt.config.objectives import Negatives
 from torchrec_pt.config.section import Section
 from torchrec_pt.config.training import TrainConfig
 
 InteractionName = Literal["inner", "outer", "hadamard", "concat", "fm", "cross", "dot"]
+
+
+def _named_once(names: tuple[InteractionName, ...]) -> tuple[InteractionName, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("each layer is named once; drop the repeated ones")
+    return names
+
+
+InteractionNames = Annotated[
+    tuple[InteractionName, ...], Field(min_length=1), AfterValidator(_named_once)
+]
 
 
 class TaskConfig(TrainConfig):
@@ -60,9 +71,7 @@ class RankingConfig(TaskConfig):
         description="inner: products of vectors; linear: of the item's and a map of the user's "
         "(a linear probe trains it); mlp: the product and an MLP over interactions and features",
     )
-    interactions: tuple[InteractionName, ...] = Field(
-        ("concat", "hadamard"), min_length=1, description="mlp: what it reads"
-    )
+    interactions: InteractionNames = Field(("concat", "hadamard"), description="mlp: what it reads")
     hidden_dims: tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...] = Field(
         (128, 64), min_length=1, description="mlp"
     )
@@ -100,8 +109,6 @@ class RankingConfig(TaskConfig):
                 f'{changed[0]} is of the mlp head, and head is "{self.head}"; leave it out, or '
                 'set head to "mlp"'
             )
-        if len(set(self.interactions)) < len(self.interactions):
-            raise ValueError("interactions: each layer is named once; drop the repeated ones")
         return self
 
 
@@ -122,11 +129,13 @@ class PairConfig(TaskConfig):
         ge=1,
         description="rows of a cut that are predicted: after it, or drawn where others are read",
     )
-    interactions: tuple[InteractionName, ...] = Field(
+    interactions: InteractionNames = Field(
         ("concat", "hadamard"), description="what the MLP reads of user, item and features"
     )
     hidden_dims: tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...] = (128, 64)
-    attention_heads: int = Field(1, ge=1, description="from the asked item to the user's labels")
+    attention_heads: int = Field(
+        1, ge=1, description="from the asked item to the user's history; divides model.dim"
+    )
     dropout: float = Field(0.2, ge=0, le=0.99)
     shrinkage: float = Field(
         10.0, ge=0, description="labels (for clicks, even ones) that pull a mean to 0"

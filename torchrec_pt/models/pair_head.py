@@ -112,6 +112,7 @@ class HistoryAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
+        assert dim % num_heads == 0
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(dim)
         self.likeness = nn.Linear(dim, dim, bias=False)

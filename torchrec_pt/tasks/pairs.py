@@ -58,6 +58,11 @@ class PairTask(nn.Module, ABC):
         seed: int,
     ) -> None:
         super().__init__()
+        if model.dim % config.attention_heads:
+            raise ValueError(
+                f"finetune.{self.name}.attention_heads: must divide model.dim ({model.dim}), given "
+                f"{config.attention_heads}; use a power of 2"
+            )
         self.config = config
         self.dataset = dataset
         self.history_length = config.context_length or model.history_length
