@@ -457,7 +457,7 @@ def test_a_gain_of_zero_is_refused_in_one_line(cycle: PreparedDataset, ranks: Ra
         ({"interactions": ["fm"]}, 'interactions is of the mlp head, and head is "inner"'),
         (
             {"loss": "bpr", "head": "mlp", "interactions": ["fm", "fm"]},
-            "interactions: each layer is named once",
+            "each layer is named once",
         ),
     ],
 )
