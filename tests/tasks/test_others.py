@@ -15,7 +15,7 @@ from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.prepare import prepare
 from torchrec_pt.distributed import Ranks, joined_ranks
-from torchrec_pt.tasks.pairs import labelled
+from torchrec_pt.tasks.labels import labelled
 
 NAMES = pytest.mark.parametrize("name", ["ctr", "rating"])
 EVERYTHING: dict[str, Any] = {"context": "others", "context_length": 99}

@@ -51,6 +51,9 @@ class RankingConfig(TaskConfig):
     margin: float = Field(1.0, gt=0, description="hinge: how far ahead is far enough")
     targets_per_user: int = Field(1, ge=1, description="history cuts of a user in one step")
     targets_per_cut: int = Field(1, ge=1, description="relevant items after a cut, in one list")
+    newest: int | None = Field(
+        None, ge=1, description="cut before one of a user's newest so many relevant items alone"
+    )
     negatives: Negatives | None = Field(
         None,
         description="of a list; default: 16 of uniform distribution, and for softmax the catalogue",

@@ -30,6 +30,7 @@ from torchrec_pt.objectives.loss_term import LossTerm
 from torchrec_pt.objectives.lots import draw_place
 from torchrec_pt.rng import RowNoise
 from torchrec_pt.tasks.asked import NO_INTERACTION, Asked, held_out_pairs
+from torchrec_pt.tasks.labels import labelled
 
 _ENTITIES: tuple[Literal["user", "item", "interaction"], ...] = ("user", "item", "interaction")
 
@@ -290,16 +291,6 @@ class PairTask(nn.Module, ABC):
         user = user / (torch.where(is_known, nums[end], 0.0) + self.shrinkage).clamp(min=1)
         deviation = user[asked.targets.rows] + biases[asked.targets.values]
         return self.final(self.link(deviation)).float()
-
-
-def labelled(dataset: PreparedDataset, fraction: float, seed: int) -> Tensor:
-    """(N,) bool: the interactions whose labels may be read, a share of all but those of test.
-
-    Which they are depends on the seed and the interaction alone.
-    """
-    rows = dataset.interactions
-    noise = RowNoise(seed, 0, dataset.user_ids)
-    return noise.per_token("labels", rows.rows, rows.positions) < fraction
 
 
 def _cumsum_in_rows(jagged: Jagged, values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,7 +53,8 @@ class RatingTask(PairTask):
         if self.config.loss == "mse":
             return total
         # √m and its gradient, as a sum over all ranks' pairs: m / (2 √m), and a constant √m / 2.
-        square, num = sum_over_ranks(total.new_tensor([float(total), len(labels)]))
+        num_here = torch.full_like(total, len(labels))
+        square, num = sum_over_ranks(torch.stack([total, num_here]))
         root = (square / num.clamp(min=1)).sqrt().clamp(min=1e-6)
         return total / (2 * root) + len(labels) * root / 2
 
