@@ -52,6 +52,8 @@ from torchrec_pt.config.tasks import (
     RankingConfig,
     RatingConfig,
     TaskConfig,
+    TransferConfig,
+    transfer_of,
 )
 from torchrec_pt.config.training import PretrainConfig, TrainConfig
 
@@ -93,6 +95,8 @@ __all__ = [
     "TaskConfig",
     "TemporalSplit",
     "TrainConfig",
+    "TransferConfig",
     "TransformerConfig",
     "TwoTowerConfig",
+    "transfer_of",
 ]
