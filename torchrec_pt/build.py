@@ -11,7 +11,7 @@ from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
 from torchrec_pt.checkpoint import Checkpoint
-from torchrec_pt.config import ModelConfig, RunConfig, TrainConfig
+from torchrec_pt.config import ModelConfig, RunConfig, TrainConfig, transfer_of
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.entity_features import load_entity_features, no_features
 from torchrec_pt.distributed import Ranks
@@ -117,6 +117,9 @@ def _build_unfilled(
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.model, dataset)
     learner = Learner(backbone, objectives, placement, ranks)
+    frozen = transfer_of(train).frozen
+    if frozen is not None:
+        learner.freeze(frozen)
     model = shard(learner, placement, train, ranks)
     return Built(learner, model, placement)
 

@@ -30,9 +30,10 @@ from torchrec_pt.train import Validate
 
 def monitor_of(objectives: Sequence[nn.Module]) -> str:
     """The metric to choose by. Pretraining is judged by ranking the next item as it is."""
-    if isinstance(objectives[0], CtrTask):
+    task = next(iter(objectives), None)
+    if isinstance(task, CtrTask):
         return "logloss"
-    return "rmse" if isinstance(objectives[0], RatingTask) else "ndcg@10"
+    return "rmse" if isinstance(task, RatingTask) else "ndcg@10"
 
 
 def validation(

@@ -53,6 +53,8 @@ from torchrec_pt.config.tasks import (
     RankingConfig,
     RatingConfig,
     TaskConfig,
+    TransferConfig,
+    transfer_of,
 )
 from torchrec_pt.config.training import PretrainConfig, TrainConfig
 
@@ -95,6 +97,8 @@ __all__ = [
     "TaskConfig",
     "TemporalSplit",
     "TrainConfig",
+    "TransferConfig",
     "TransformerConfig",
     "TwoTowerConfig",
+    "transfer_of",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -24,15 +26,100 @@ InteractionNames = Annotated[
 ]
 
 
+class TransferConfig(Section):
+    """How far and how fast fine-tuning may change what was pretrained.
+
+    Layers are told apart by groups, from the bottom (item table, item content, positions) to the
+    top; the task's own head stands above them all (Howard & Ruder 2018, ULMFiT, section 3).
+    """
+
+    freeze: Literal["item_table", "backbone"] | None = Field(
+        None, description="what keeps its pretrained values; backbone: the item table as well"
+    )
+    linear_probe: bool = Field(
+        False, description="train a linear head alone, on a backbone that is frozen"
+    )
+    backbone_rate: float = Field(
+        1.0, gt=0, description="learning rate of the backbone's top group, as a share of the head's"
+    )
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="each group has this share of the rate of the one above it"
+    )
+    unfreeze_every: int | None = Field(
+        None, ge=1, description="epochs after which one more group trains; first the head alone"
+    )
+
+    @model_validator(mode="after")
+    def _frozen_layers_have_no_rates(self) -> TransferConfig:
+        if self.frozen != "backbone":
+            return self
+        what = "linear_probe" if self.linear_probe else 'freeze = "backbone"'
+        idle = {"backbone_rate", "layer_decay", "unfreeze_every"} & self._changed
+        if self.linear_probe:
+            idle |= {"freeze"} & self._changed
+        if idle:
+            raise ValueError(f"{what} leaves nothing of the backbone to {min(idle)}; drop one")
+        return self
+
+    @property
+    def _changed(self) -> set[str]:
+        fields = type(self).model_fields
+        return {name for name, field in fields.items() if getattr(self, name) != field.default}
+
+    @property
+    def frozen(self) -> Literal["item_table", "backbone"] | None:
+        """What never trains."""
+        return "backbone" if self.linear_probe else self.freeze
+
+
 class TaskConfig(TrainConfig):
     """What every fine-tuning task shares."""
+
+    # The settings that make the task's head linear; none where it cannot be.
+    linear_head: ClassVar[Mapping[str, Any]] = {}
 
     label_fraction: float = Field(
         1.0, gt=0, le=1, description="share of the training labels that are used, drawn by seed"
     )
     control: Literal["scratch"] | None = Field(
-        None, description='"scratch": train the same model without the pretrained weights, too'
+        None,
+        description='"scratch": train the same model without the pretrained weights, too, all of '
+        "it at one learning rate",
     )
+    transfer: TransferConfig = TransferConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_probe_makes_its_head_linear(cls, given: Any) -> Any:
+        transfer = given.get("transfer") if isinstance(given, dict) else None
+        if isinstance(transfer, TransferConfig):
+            transfer = transfer.model_dump()
+        is_probe = isinstance(transfer, dict) and transfer.get("linear_probe") is True
+        return {**cls.linear_head, **given} if is_probe else given
+
+    @model_validator(mode="after")
+    def _a_probe_has_a_linear_head(self) -> TaskConfig:
+        if not self.transfer.linear_probe:
+            return self
+        if not self.linear_head:
+            raise ValueError("transfer.linear_probe needs a head, the task has none; drop it")
+        for name, value in self.linear_head.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"transfer.linear_probe has a linear head, {name} is {getattr(self, name)}; "
+                    f"drop {name}"
+                )
+        return self
+
+    @property
+    def as_control(self) -> TaskConfig:
+        """Of the scratch arm: a frozen backbone of random values would be no fair comparison."""
+        return self.model_copy(update={"transfer": TransferConfig()})
+
+
+def transfer_of(train: TrainConfig) -> TransferConfig:
+    """What a stage says of its pretrained layers; a pretraining has none to say it of."""
+    return train.transfer if isinstance(train, TaskConfig) else TransferConfig()
 
 
 class RankingConfig(TaskConfig):
@@ -41,6 +128,8 @@ class RankingConfig(TaskConfig):
     A list is the next relevant items after a cut of the user's history, and negatives: items that
     the user never took in training, some of them shown to the user where the data says so.
     """
+
+    linear_head: ClassVar[Mapping[str, Any]] = {"head": "linear"}
 
     loss: Literal["softmax", "bpr", "hinge", "listnet", "lambda", "approx_ndcg"] = Field(
         "softmax",
@@ -118,6 +207,8 @@ class RankingConfig(TaskConfig):
 class PairConfig(TaskConfig):
     """A number for a user and an item: what ctr and rating share."""
 
+    linear_head: ClassVar[Mapping[str, Any]] = {"hidden_dims": ()}
+
     context: Literal["before", "others"] = Field(
         "before",
         description="labels of the user that a prediction reads: of the rows before the asked one, "
@@ -171,6 +262,11 @@ class RatingConfig(PairConfig):
 
 
 class FinetuneConfig(Section):
+    start_from: Path | None = Field(
+        None,
+        description="a stage's folder, or a checkpoint, of another run, whose model is fine-tuned "
+        "in place of one that this run pretrains; its items and categories are matched by value",
+    )
     ctr: CtrConfig | None = None
     ranking: RankingConfig | None = None
     rating: RatingConfig | None = None
