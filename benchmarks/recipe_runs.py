@@ -65,7 +65,6 @@ class Run:
         """Put the pretraining of the other run where this one's would be.
 
         Fine-tuning takes it only if its fingerprint is that of this run's configuration and data.
-        (finetune.start_from would ask nothing, and [pretrain] must not stand beside it.)
         """
         assert self.pretrained is not None
         link = self.folder / "pretrain"
@@ -80,35 +79,34 @@ def recipe_run(recipe: Recipe, seed: int) -> Run:
 
 def recipe_runs(recipe: Recipe, seed: int) -> list[Run]:
     """One, or one a fold; with the scratch control where it is fine-tuned."""
-    settings = [f"seed={seed}"]
-    if recipe.task is not None:
-        settings.append(f"finetune.{recipe.task}.control=scratch")
-    name = f"{recipe.name}-seed{seed}"
-    if not recipe.folds:
-        return [Run(name, recipe.name, tuple(settings), recipe.task)]
+    control = (f"finetune.{recipe.task}.control=scratch",) if recipe.task else ()
     return [
         Run(
-            f"{name}-{fold}",
+            "-".join(filter(None, (recipe.name, f"seed{seed}", fold))),
             recipe.name,
-            (*settings, f"data.path=data/{recipe.data}/{fold}"),
+            (*_settings(recipe, seed, fold), *control),
             recipe.task,
         )
-        for fold in recipe.folds
+        for fold in recipe.folds or ("",)
     ]
 
 
 def variation_run(study: Study, variation: Variation, seed: int) -> Run:
     """On the first fold where there are several."""
     recipe = next(recipe for recipe in FINETUNED if recipe.name == study.recipe)
-    base = recipe_run(recipe, seed)
-    settings = tuple(s for s in base.settings if not s.endswith(".control=scratch"))
+    fold = recipe.folds[0] if recipe.folds else ""
     return Run(
         f"{recipe.name}-{variation.name}-seed{seed}",
         recipe.name,
-        (*settings, *variation.settings),
+        (*_settings(recipe, seed, fold), *variation.settings),
         recipe.task,
-        pretrained=base,
+        pretrained=recipe_run(recipe, seed),
     )
+
+
+def _settings(recipe: Recipe, seed: int, fold: str) -> tuple[str, ...]:
+    of_fold = (f"data.path=data/{recipe.data}/{fold}",) if fold else ()
+    return (f"seed={seed}", *of_fold)
 
 
 def comparison_runs(comparison: Comparison, seed: int) -> tuple[Run, Run, Run]:

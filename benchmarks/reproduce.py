@@ -147,6 +147,8 @@ def main() -> int:
         num_threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
         data = {folder.name for folder in (ROOT / "data").iterdir()}
         todo = list(chains(arguments.only, data))
+        if not todo:
+            console.print(f"{arguments.only}: its data are not there; give their folder")
         with ThreadPoolExecutor(arguments.jobs) as pool:
             done = [pool.submit(run_chain, c, num_threads, console, stop) for c in todo]
             try:

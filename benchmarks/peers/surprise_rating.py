@@ -5,7 +5,8 @@
 
 In an environment of its own: pip install "numpy<2" scipy "pandas<3" joblib, then with --no-deps
 scikit-surprise==1.1.5. The folds are those of scripts/get_ml100k_folds.py; training is all of
-base, with the rows that torchrec_pt validates on.
+base, with the rows that torchrec_pt validates on. surprise does not shuffle, so the order of the
+rows counts: on u1 the RMSE of SVD++ is .9247 in the order of u.data, as here, .9330 in u1.base's.
 """
 
 from __future__ import annotations
