@@ -231,6 +231,9 @@ class PairConfig(TaskConfig):
         1, ge=1, description="from the asked item to the user's history; divides model.dim"
     )
     dropout: float = Field(0.2, ge=0, le=0.99)
+    factor_l2: float = Field(
+        0.02, ge=0, description="of the squared factors of a pair's user and item, beside its loss"
+    )
     shrinkage: float = Field(
         10.0, ge=0, description="labels (for clicks, even ones) that pull a mean to 0"
     )
