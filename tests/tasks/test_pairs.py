@@ -213,6 +213,7 @@ def _written_out(
     memory = backbone.encode_items(ids, table[ids])
     residual = task.labels[torch.tensor(history, dtype=torch.int64)] - task.mean - bias[ids]
     mean = residual.sum() / (len(history) + 10 / information)
+    residual = residual - mean
 
     def likeness(x: Tensor) -> Tensor:
         return attention.likeness(attention.norm(x))

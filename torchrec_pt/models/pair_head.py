@@ -93,7 +93,7 @@ class PairHead(nn.Module):
         self.attention = HistoryAttention(dim, num_heads)
         self.factors = Factors(dim)
         each = attention_weight / num_heads
-        self.echo_weight = nn.Parameter(torch.tensor([0.5, *[each] * num_heads]))
+        self.echo_weight = nn.Parameter(torch.tensor([1.0, *[each] * num_heads]))
         self.factor_weight = factor_weight
         self.interactions = Interactions(interactions, dim, 1 + num_fields)
         widths = [self.interactions.out_dim + num_heads + 2, *hidden_dims]
@@ -102,16 +102,22 @@ class PairHead(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, pairs: Pairs, drop: RowDropout) -> Judged:
+    def forward(self, pairs: Pairs, drop: RowDropout, drop_memory: RowDropout) -> Judged:
+        """`drop`: of the P pairs; `drop_memory`: of the T items of the histories."""
         row = pairs.targets.rows
         # Indexing would add up its gradient in the order in which threads come.
         user, item = F.embedding(row, pairs.users), pairs.targets.values
         is_known = ~pairs.residuals.isnan()
         residuals = pairs.memory.with_values(pairs.residuals.nan_to_num(0.0))
-        attended, echo = self.attention(pairs.targets, pairs.memory, residuals.values, is_known)
         num_known = sums_of_rows(residuals.with_values(is_known.float()))
         mean = sums_of_rows(residuals) / (num_known + self.shrinkage).clamp(min=1)
-        factored, size = self.factors(pairs, residuals.values, drop)
+        beyond = torch.where(
+            is_known,
+            residuals.values - F.embedding(residuals.rows, mean.unsqueeze(1)).squeeze(1),
+            0.0,
+        )
+        attended, echo = self.attention(pairs.targets, pairs.memory, beyond, is_known)
+        factored, size = self.factors(pairs, beyond, drop, drop_memory)
         echoes = torch.cat([mean[row].unsqueeze(1), echo], dim=1)
         deviation = echoes @ self.echo_weight + self.factor_weight * factored
         fields = [attended.unsqueeze(1), pairs.user_fields, pairs.item_fields, pairs.other_fields]
@@ -203,14 +209,16 @@ class Factors(nn.Module):
         for layer in (self.said, self.taken):
             nn.init.normal_(layer.weight, std=0.1)
 
-    def forward(self, pairs: Pairs, residuals: Tensor, drop: RowDropout) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, pairs: Pairs, residuals: Tensor, drop: RowDropout, drop_memory: RowDropout
+    ) -> tuple[Tensor, Tensor]:
         """(P,) t_ui and (P,) ‖p_u‖² + ‖q_i‖².
 
         Args:
             residuals: (T,) as of the pairs, 0 where unknown.
         """
         vectors, row = pairs.memory.values, pairs.targets.rows
-        told = residuals.unsqueeze(1) * self.said(vectors) + self.taken(vectors)
+        told = drop_memory(residuals.unsqueeze(1) * self.said(vectors) + self.taken(vectors))
         root = (pairs.memory.lengths + 1).sqrt().unsqueeze(1)
         user = F.embedding(row, sums_of_rows(pairs.memory.with_values(told)) / root)
         user = user + pairs.user_fields.sum(1)

@@ -158,14 +158,14 @@ class PairTask(nn.Module, ABC):
         return before.windows(0 * num_before, num_before), targets
 
     def _draw_among_all(self, keys: RowKeys) -> tuple[Jagged, Jagged]:
-        """The same where asked rows lie anywhere; at most half of a user's labels are asked."""
+        """The same where asked rows lie anywhere; at most a third of a user's labels are asked."""
         rows = rows_of_users(self._train, keys.users)
         is_askable = ~self._told[rows.values].isnan()
         lots = keys.noise.per_token(f"{self.name}.asked", rows.rows, rows.positions)
         order = torch.where(is_askable, lots, 2.0).argsort(stable=True)
         order = order[rows.rows[order].argsort(stable=True)]
         num_askable = torch.zeros_like(rows.lengths).index_add(0, rows.rows, is_askable.long())
-        num_asked = ((num_askable + 1) // 2).clamp(max=self.config.targets_per_cut)
+        num_asked = ((num_askable + 2) // 3).clamp(max=self.config.targets_per_cut)
         is_asked = torch.zeros_like(is_askable)
         is_asked[order] = rows.positions < num_asked[rows.rows]
         others = rows.filter(~is_asked & (num_asked > 0)[rows.rows])
@@ -257,8 +257,10 @@ class PairTask(nn.Module, ABC):
             item_fields=self.features["item"](target.values),
             other_fields=self.features["interaction"](tensors["interaction"]),
         )
-        drop = RowDropout(self.config.dropout, noise, f"{self.name}.dropout", row, target.positions)
-        judged: Judged = self.head(pairs, drop)
+        p, name = self.config.dropout, f"{self.name}.dropout"
+        drop = RowDropout(p, noise, name, row, target.positions)
+        of_memory = RowDropout(p, noise, f"{name} of memory", history.rows, history.positions)
+        judged: Judged = self.head(pairs, drop, of_memory)
         deviation = self._item_biases(target.values, own) + judged.deviation
         return self.link(deviation) + judged.learned, judged.size
 
