@@ -173,8 +173,9 @@ def _start(
         report = continue_training(source, model, optimizers, numbering, ranks)
         stage.say(f"{name}: continues from {source}: {report}")
         return {"transfer": report.values(), **digest}
+    stage.say(f"{name}: {source}")
     report = load_pretrained(source, model, numbering, ranks)
-    return {"transfer": _said(stage, f"{name} ({source})", report, built, None), **digest}
+    return {"transfer": _said(stage, name, report, built, None), **digest}
 
 
 def _said(

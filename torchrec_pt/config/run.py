@@ -78,8 +78,7 @@ class RunConfig(Section):
     def _starts_from_one_model(self) -> RunConfig:
         if self.pretrain is not None and self.finetune.start_from is not None:
             raise ValueError(
-                "finetune.start_from: takes the place of pretraining, and [pretrain] is given "
-                "too; leave one of them out"
+                "finetune.start_from takes the place of pretraining; drop it, or drop [pretrain]"
             )
         return self
 

@@ -58,7 +58,7 @@ class TransferConfig(Section):
         if self.linear_probe:
             idle |= {"freeze"} & self._changed
         if idle:
-            raise ValueError(f"{what} leaves nothing of the backbone to {min(idle)}; drop one")
+            raise ValueError(f"{what} keeps all of the backbone as it is; drop {min(idle)}")
         return self
 
     @property
@@ -102,13 +102,10 @@ class TaskConfig(TrainConfig):
         if not self.transfer.linear_probe:
             return self
         if not self.linear_head:
-            raise ValueError("transfer.linear_probe needs a head, the task has none; drop it")
+            raise ValueError("transfer.linear_probe: the task has no linear head; drop it")
         for name, value in self.linear_head.items():
             if getattr(self, name) != value:
-                raise ValueError(
-                    f"transfer.linear_probe has a linear head, {name} is {getattr(self, name)}; "
-                    f"drop {name}"
-                )
+                raise ValueError(f"transfer.linear_probe wants a linear head; drop {name}")
         return self
 
     @property
