@@ -49,10 +49,10 @@ def build_task(config: RunConfig, name: str, dataset: PreparedDataset) -> Rankin
     finetune = config.finetune
     if name == "ctr":
         assert finetune.ctr is not None
-        return CtrTask(finetune.ctr, config.model, dataset)
+        return CtrTask(finetune.ctr, config.model, dataset, seed=config.seed)
     if name == "rating":
         assert finetune.rating is not None
-        return RatingTask(finetune.rating, config.model, dataset)
+        return RatingTask(finetune.rating, config.model, dataset, seed=config.seed)
     assert finetune.ranking is not None
     return build_ranking(finetune.ranking, config.model, dataset, seed=config.seed)
 

@@ -33,7 +33,7 @@ from torchrec_pt.metrics import (
 from torchrec_pt.runs import finished_stages
 from torchrec_pt.scoring import ModelScorer, Scorer, head_of
 from torchrec_pt.stages import Stage
-from torchrec_pt.tasks.pairs import PairTask, held_out_pairs
+from torchrec_pt.tasks.pairs import PairTask
 from torchrec_pt.validation import gather_judged
 
 # Makes the table with one row a user (ranking) or a test interaction (ctr, rating), which is for
@@ -143,10 +143,10 @@ def evaluate_pairs(
     """
     _require(dataset.manifest)
     config, ranks = stage.config, stage.ranks
-    asked = held_out_pairs(dataset, "test")
-    parts = dataset.part_of_user[asked.users]
     task = build_task(config, name, dataset)
     assert isinstance(task, PairTask)
+    asked = task.held_out("test")
+    parts = dataset.part_of_user[asked.users]
     predictions: dict[str, Tensor] = {}
     if "biases" in config.evaluate.baselines:
         predictions["biases"] = task.predict_by_biases(asked)

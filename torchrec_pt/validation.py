@@ -21,8 +21,9 @@ from torchrec_pt.metrics import (
     rating_metrics,
 )
 from torchrec_pt.scoring import ModelScorer, head_of
+from torchrec_pt.tasks.asked import Asked
 from torchrec_pt.tasks.ctr import CtrTask
-from torchrec_pt.tasks.pairs import Asked, PairTask, held_out_pairs
+from torchrec_pt.tasks.pairs import PairTask
 from torchrec_pt.tasks.rating import RatingTask
 from torchrec_pt.train import Validate
 
@@ -47,7 +48,7 @@ def validation(
     batch_size = config.evaluate.batch_size
     task = next(iter(learner.objectives.values()), None)
     if isinstance(task, PairTask):
-        pairs = held_out_pairs(dataset, "valid")
+        pairs = task.held_out("valid")
         parts = dataset.part_of_user[pairs.users]
 
         def validate_pairs() -> dict[str, float]:
@@ -100,10 +101,10 @@ def gather_judged(
     ranks: Ranks,
 ) -> Judged:
     """Of the asked targets of every rank; `predictions`: model -> (P,) of this rank's."""
-    rows = asked.targets.values
-    columns = [dataset.interactions.values[rows], task.labels[rows], *predictions.values()]
+    labels = task.labels_of(asked.interactions)
+    columns = [asked.targets.values, labels, *predictions.values()]
     users = dataset.user_ids[asked.users[asked.targets.rows]]
-    one_each = torch.arange(len(rows) + 1)
+    one_each = torch.arange(len(labels) + 1)
     everyone, gathered = gather_by_user(users, [Jagged(c, one_each) for c in columns], ranks)
     items, labels, *found = (column.values for column in gathered)
     return Judged(everyone, items, labels, dict(zip(predictions, found, strict=True)))

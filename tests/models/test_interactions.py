@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchrec_pt.config import InteractionName
 from torchrec_pt.models.interactions import (
     Cross,
-    InteractionName,
     Interactions,
     build_interaction,
 )

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import FEATURES, embedded, rows_of, tiny_config
+from tests.tasks.test_pairs import parts_of, rows_of_ids
 from tests.training import losses
 from torchrec_pt.config import DataConfig, RankingConfig, TransformerConfig
 from torchrec_pt.data.batch import Embedded, Rows
@@ -26,6 +27,7 @@ from torchrec_pt.models.dropout import RowDropout
 from torchrec_pt.models.ranking_head import LinearHead, MlpHead, build_head
 from torchrec_pt.models.transformer import Transformer
 from torchrec_pt.rng import RowNoise
+from torchrec_pt.tasks.labels import labelled
 from torchrec_pt.tasks.ranking import RankingTask
 from torchrec_pt.tasks.relevance import Relevance, load_relevance
 
@@ -77,6 +79,17 @@ def test_the_target_follows_the_history_and_every_cut_is_drawn(
     counts = torch.bincount(torch.tensor(cuts), minlength=12)
     assert counts[0] == 0  # the first item has no history
     assert counts[1:].min() >= 3  # 200 draws over 11 places, 18 each on average
+
+
+def test_only_the_newest_items_are_targets_where_that_is_asked() -> None:
+    seen = set()
+    for step in range(60):
+        draw = _task(newest=3, targets_per_cut=2).draw(rows_of([12, 2, 1], step))
+        target, row = draw.tensors["target"], draw.tensors["row"]
+        seen |= set(target[row == 0].tolist())
+        assert target[row == 1].tolist() == [101]
+        assert not (row == 2).any()
+    assert seen == {9, 10, 11}
 
 
 def test_the_targets_of_a_user_are_drawn_apart() -> None:
@@ -377,7 +390,7 @@ ROWS = [
 
 def _load(data: PreparedDataset, **settings: Any) -> tuple[Relevance, list[list[str]]]:
     config = RankingConfig.model_validate({"loss": "bpr", **settings})
-    relevance = load_relevance(config, data)
+    relevance = load_relevance(config, data, 0)
     assert relevance.shown is not None
     names = data.items["external_id"]
     parts = relevance.shown.values.split(relevance.shown.lengths.tolist())
@@ -394,8 +407,8 @@ def test_impressions_are_what_was_shown_in_training_and_never_taken_there(
     assert relevance.num_before.tolist() == [0, 1, 3, 0]
     assert relevance.places is None
     config = RankingConfig(loss="bpr", impressions=False)
-    assert load_relevance(config, data).shown is None
-    assert load_relevance(RankingConfig(), data).shown is None  # the catalogue has no lists
+    assert load_relevance(config, data, 0).shown is None
+    assert load_relevance(RankingConfig(), data, 0).shown is None  # the catalogue has no lists
 
 
 def test_low_ratings_are_no_targets_and_may_be_negatives(tmp_path: Path, ranks: Ranks) -> None:
@@ -412,7 +425,7 @@ def test_ratings_alone_give_negatives_where_they_are_asked_for(
     cycle: PreparedDataset, ranks: Ranks
 ) -> None:
     config = RankingConfig(loss="bpr", positive_rating=3)
-    assert load_relevance(config, cycle).shown is None
+    assert load_relevance(config, cycle, 0).shown is None
     _, shown = _load(cycle, positive_rating=3, impressions=True)
     assert sum(map(len, shown))
 
@@ -428,7 +441,7 @@ def test_what_the_data_lack_is_refused_in_one_line(
     cycle: PreparedDataset, ranks: Ranks, settings: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(ValueError, match=f"^finetune.ranking.{told}[^\n]*$"):
-        load_relevance(RankingConfig.model_validate({"loss": "bpr", **settings}), cycle)
+        load_relevance(RankingConfig.model_validate({"loss": "bpr", **settings}), cycle, 0)
 
 
 @pytest.mark.parametrize("key", ["gain", "positive_rating"])
@@ -438,14 +451,14 @@ def test_ratings_that_are_not_there_are_refused_in_one_line(
     settings = {"gain": "rating"} if key == "gain" else {"positive_rating": 4}
     data = dataclasses.replace(cycle, rating=None)
     with pytest.raises(ValueError, match=f"^finetune.ranking.{key}: needs ratings[^\n]*$"):
-        load_relevance(RankingConfig.model_validate(settings), data)
+        load_relevance(RankingConfig.model_validate(settings), data, 0)
 
 
 def test_a_gain_of_zero_is_refused_in_one_line(cycle: PreparedDataset, ranks: Ranks) -> None:
     assert cycle.rating is not None
     data = dataclasses.replace(cycle, rating=cycle.rating - 1)
     with pytest.raises(ValueError, match=r"^finetune.ranking.gain: [^\n]* found 0; [^\n]*$"):
-        load_relevance(RankingConfig(gain="rating"), data)
+        load_relevance(RankingConfig(gain="rating"), data, 0)
 
 
 @pytest.mark.parametrize(
@@ -457,10 +470,39 @@ def test_a_gain_of_zero_is_refused_in_one_line(cycle: PreparedDataset, ranks: Ra
         ({"interactions": ["fm"]}, 'interactions is of the mlp head, and head is "inner"'),
         (
             {"loss": "bpr", "head": "mlp", "interactions": ["fm", "fm"]},
-            "interactions: each layer is named once",
+            "each layer is named once",
         ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         RankingConfig.model_validate(settings)
+
+
+def test_a_share_of_the_labels_leaves_as_many_targets_and_whole_histories(
+    cycle: PreparedDataset, ranks: Ranks
+) -> None:
+    config = RankingConfig(label_fraction=0.4)
+    relevance = load_relevance(config, cycle, 0)
+    assert relevance.places is not None
+    is_kept = labelled(cycle, 0.4, 0)
+    for user, places in enumerate(parts_of(relevance.places)):
+        begin = int(cycle.interactions.offsets[user])
+        num_trained = int(cycle.history("train").lengths[user])
+        assert places == [p for p in range(1, num_trained) if is_kept[begin + p]]
+    task = RankingTask(config, _model(), cycle.item_counts, seed=0, relevance=relevance)
+    drawn = task.draw(rows_of_ids(cycle, list(range(10))))
+    whole = parts_of(cycle.history("train"))
+    for row, target, history in zip(
+        drawn.tensors["row"].tolist(),
+        drawn.tensors["target"].tolist(),
+        parts_of(drawn.lookups["history"].select(drawn.tensors["row"])),
+        strict=True,
+    ):
+        assert any(
+            [*history, target] == whole[row][place - len(history) : place + 1]
+            for place in range(1, len(whole[row]))
+        )
+    none = {"label_fraction": 1e-9}
+    with pytest.raises(ValueError, match=r"label_fraction: 1e-09 of the labels leaves no item"):
+        load_relevance(RankingConfig.model_validate(none), cycle, 0)

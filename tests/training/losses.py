@@ -26,7 +26,7 @@ from torchrec_pt.optim import Optimizers
 from torchrec_pt.plan import table_plans
 from torchrec_pt.saver import Saver
 from torchrec_pt.scoring import ModelScorer, head_of
-from torchrec_pt.tasks.pairs import PairTask, held_out_pairs
+from torchrec_pt.tasks.pairs import PairTask
 from torchrec_pt.transfer import model_tensors, optimizer_tensors
 from torchrec_pt.validation import gather_judged
 
@@ -100,7 +100,7 @@ def train(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> dict[
     users = dataset.user_ids[asked.users]
     result["ranks"] = gather_by_user(users, [found], ranks)[1][0].values.tolist()
     if isinstance(objectives[0], PairTask):
-        pairs = held_out_pairs(dataset, "test")
+        pairs = objectives[0].held_out("test")
         parts = dataset.part_of_user[pairs.users]
         predictions = predict_pairs(built.learner, objectives[0], pairs, parts, ranks, 7)
         judged = gather_judged(dataset, objectives[0], pairs, {"": predictions}, ranks)

@@ -52,6 +52,12 @@ PAIRS_OF: dict[str, dict[str, Any]] = {
     "ctr": {"positive_rating": 3, "cuts_per_user": 2},
     "rating": {"targets_per_cut": 3},
 }
+OTHERS: dict[str, Any] = {"context": "others", "label_fraction": 0.6, "attention_heads": 2}
+CLICKS: dict[str, Any] = {
+    "positive_rating": None,
+    "negatives": {"num": 3, "distribution": "uniform"},
+    "interactions": ["cross", "dot"],
+}
 
 
 def _cases(folder: Path) -> dict[str, dict[str, Any]]:
@@ -92,12 +98,12 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         )
         return config.model_dump(mode="json")
 
-    def pairs(task: str, model: dict[str, Any]) -> dict[str, Any]:
+    def pairs(task: str, model: dict[str, Any], **changes: Any) -> dict[str, Any]:
         config = tiny_config(
             folder,
             FEATURES,
             model={"dim": 16, "max_length": 8, **model},
-            finetune={task: {**STEPS, **PAIRS_OF[task]}},
+            finetune={task: {**STEPS, **PAIRS_OF[task], **changes}},
         )
         return config.model_dump(mode="json")
 
@@ -158,6 +164,9 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         "ctr, relative time": pairs("ctr", {"num_layers": 1, "positions": "relative_time"}),
         "ctr column_wise": pairs("ctr", {"num_layers": 1, **by_columns}),
         "ctr two_tower row_wise": pairs("ctr", {**towers, **row_wise}),
+        "ctr among others": pairs("ctr", {"num_layers": 1}, **OTHERS, loss="weighted"),
+        "ctr of clicks": pairs("ctr", {"num_layers": 1}, **CLICKS, loss="focal"),
+        "rating among others": pairs("rating", {**towers, **row_wise}, **OTHERS, loss="rmse"),
         "rating": pairs("rating", {"num_layers": 1, "attention": "causal", **row_wise}),
         "rating two_tower table_wise": pairs("rating", {**towers, **table_wise}),
         "rating two_tower": pairs("rating", towers),

@@ -48,6 +48,7 @@ from torchrec_pt.config.section import Section
 from torchrec_pt.config.tasks import (
     CtrConfig,
     FinetuneConfig,
+    InteractionName,
     PairConfig,
     RankingConfig,
     RatingConfig,
@@ -71,6 +72,7 @@ __all__ = [
     "Filters",
     "FinetuneConfig",
     "GivenSplit",
+    "InteractionName",
     "ItemPrediction",
     "LeaveOneOutSplit",
     "MaskedItem",

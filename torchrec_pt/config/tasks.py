@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from torchrec_pt.config.objectives import Negatives
 from torchrec_pt.config.section import Section
@@ -13,9 +13,23 @@ from torchrec_pt.config.training import TrainConfig
 InteractionName = Literal["inner", "outer", "hadamard", "concat", "fm", "cross", "dot"]
 
 
+def _named_once(names: tuple[InteractionName, ...]) -> tuple[InteractionName, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("each layer is named once; drop the repeated ones")
+    return names
+
+
+InteractionNames = Annotated[
+    tuple[InteractionName, ...], Field(min_length=1), AfterValidator(_named_once)
+]
+
+
 class TaskConfig(TrainConfig):
     """What every fine-tuning task shares."""
 
+    label_fraction: float = Field(
+        1.0, gt=0, le=1, description="share of the training labels that are used, drawn by seed"
+    )
     control: Literal["scratch"] | None = Field(
         None, description='"scratch": train the same model without the pretrained weights, too'
     )
@@ -37,6 +51,9 @@ class RankingConfig(TaskConfig):
     margin: float = Field(1.0, gt=0, description="hinge: how far ahead is far enough")
     targets_per_user: int = Field(1, ge=1, description="history cuts of a user in one step")
     targets_per_cut: int = Field(1, ge=1, description="relevant items after a cut, in one list")
+    newest: int | None = Field(
+        None, ge=1, description="cut before one of a user's newest so many relevant items alone"
+    )
     negatives: Negatives | None = Field(
         None,
         description="of a list; default: 16 of uniform distribution, and for softmax the catalogue",
@@ -57,9 +74,7 @@ class RankingConfig(TaskConfig):
         description="inner: products of vectors; linear: of the item's and a map of the user's "
         "(a linear probe trains it); mlp: the product and an MLP over interactions and features",
     )
-    interactions: tuple[InteractionName, ...] = Field(
-        ("concat", "hadamard"), min_length=1, description="mlp: what it reads"
-    )
+    interactions: InteractionNames = Field(("concat", "hadamard"), description="mlp: what it reads")
     hidden_dims: tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...] = Field(
         (128, 64), min_length=1, description="mlp"
     )
@@ -97,17 +112,33 @@ class RankingConfig(TaskConfig):
                 f'{changed[0]} is of the mlp head, and head is "{self.head}"; leave it out, or '
                 'set head to "mlp"'
             )
-        if len(set(self.interactions)) < len(self.interactions):
-            raise ValueError("interactions: each layer is named once; drop the repeated ones")
         return self
 
 
 class PairConfig(TaskConfig):
     """A number for a user and an item: what ctr and rating share."""
 
+    context: Literal["before", "others"] = Field(
+        "before",
+        description="labels of the user that a prediction reads: of the rows before the asked one, "
+        "or of all others; for splits that do not go by time, where held-out rows lie among them",
+    )
+    context_length: int | None = Field(
+        None, ge=1, description="newest of them that are read; default: as the model's history"
+    )
     cuts_per_user: int = Field(1, ge=1, description="history cuts of a user in one step")
-    targets_per_cut: int = Field(8, ge=1, description="items after a cut that are predicted")
+    targets_per_cut: int = Field(
+        8,
+        ge=1,
+        description="rows of a cut that are predicted: after it, or drawn where others are read",
+    )
+    interactions: InteractionNames = Field(
+        ("concat", "hadamard"), description="what the MLP reads of user, item and features"
+    )
     hidden_dims: tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...] = (128, 64)
+    attention_heads: int = Field(
+        1, ge=1, description="from the asked item to the user's history; divides model.dim"
+    )
     dropout: float = Field(0.2, ge=0, le=0.99)
     shrinkage: float = Field(
         10.0, ge=0, description="labels (for clicks, even ones) that pull a mean to 0"
@@ -115,13 +146,28 @@ class PairConfig(TaskConfig):
 
 
 class CtrConfig(PairConfig):
-    """Click-through rate: the label column, or ratings from `positive_rating` on, as clicks."""
+    """Click-through rate: the label column, or ratings from `positive_rating` on, as clicks.
+
+    Where there is neither, every interaction is a click, and each has sampled ones beside it.
+    """
 
     positive_rating: float | None = None
+    negatives: Negatives | None = Field(
+        None, description="sampled for each click, of items that the user never took in training"
+    )
+    loss: Literal["bce", "weighted", "focal"] = "bce"
+    positive_weight: float | None = Field(
+        None, gt=0, description="weighted: of a click; default: as much as makes the classes equal"
+    )
+    focal_gamma: float = Field(2.0, ge=0, description="focal: how little easy rows count")
+    focal_alpha: float = Field(0.5, gt=0, lt=1, description="focal: the weight of a click")
 
 
 class RatingConfig(PairConfig):
-    """The rating that a user gives an item, by least squares."""
+    """The rating that a user gives an item."""
+
+    loss: Literal["mse", "rmse", "huber"] = "mse"
+    huber_delta: float = Field(1.0, gt=0, description="huber: errors beyond it count linearly")
 
 
 class FinetuneConfig(Section):

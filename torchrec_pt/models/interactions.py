@@ -18,14 +18,14 @@ take "all vectors" take user, item and fields, 2 + F of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torchrec.models.dlrm import InteractionArch
 from torchrec.modules.crossnet import LowRankCrossNet
 
-InteractionName = Literal["inner", "outer", "hadamard", "concat", "fm", "cross", "dot"]
+from torchrec_pt.config import InteractionName
+
 CROSS_LAYERS = 2
 
 

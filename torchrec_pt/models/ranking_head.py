@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchrec_pt.config import ModelConfig, RankingConfig
+from torchrec_pt.config import InteractionName, ModelConfig, RankingConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.entity_features import EntityFeatures, load_entity_features
 from torchrec_pt.models.dropout import RowDropout
 from torchrec_pt.models.feature_encoder import FeatureEncoder
-from torchrec_pt.models.interactions import InteractionName, Interactions
+from torchrec_pt.models.interactions import Interactions
 
 PAIRS_AT_A_TIME = 2**14  # of a block that the MLP scores
 

@@ -91,7 +91,10 @@ class RankingTask(nn.Module):
         """R rows of consecutive relevant places, the first each as likely, and their gains (T,)."""
         places, gains = self.relevance.relevant(keys.users, histories)
         lot = keys.noise.per_row("ranking.cut", 1).squeeze(1)
-        first = draw_place(lot, (places.lengths - 1).clamp(min=0))
+        num_lots = places.lengths
+        if self.config.newest is not None:
+            num_lots = num_lots.clamp(max=self.config.newest)
+        first = places.lengths - num_lots + draw_place(lot, (num_lots - 1).clamp(min=0))
         num = (places.lengths - first).clamp(max=self.config.targets_per_cut)
         chosen = places.windows(first, num)
         return chosen, places.with_values(gains).windows(first, num).values
@@ -194,7 +197,7 @@ def build_ranking(
         dataset.item_counts,
         seed=seed,
         head=build_head(config, model, dataset),
-        relevance=load_relevance(config, dataset),
+        relevance=load_relevance(config, dataset, seed),
     )
 
 

@@ -14,6 +14,7 @@ from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.splits import TRAIN
 from torchrec_pt.distributed import raised_together, sum_over_ranks
+from torchrec_pt.tasks.labels import labelled
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +64,10 @@ class Relevance:
         return stride, self.shown.rows * stride + self.num_before
 
 
-def load_relevance(config: RankingConfig, dataset: PreparedDataset) -> Relevance:
+def load_relevance(config: RankingConfig, dataset: PreparedDataset, seed: int) -> Relevance:
     """What the data say of relevance, as configured; all ranks call it.
+
+    `label_fraction` leaves a share of the items relevant; the others stay in histories.
 
     An item that a user was shown and takes at another time counts as taken alone.
 
@@ -88,11 +91,14 @@ def load_relevance(config: RankingConfig, dataset: PreparedDataset) -> Relevance
     if config.positive_rating is not None:
         assert dataset.rating is not None
         is_relevant = in_history & (dataset.rating >= config.positive_rating)
+    is_asked = is_relevant
+    if config.label_fraction < 1:
+        is_asked = is_relevant & labelled(dataset, config.label_fraction, seed)
     rows = torch.arange(len(is_train))
     history = Jagged(rows, dataset.interactions.offsets).filter(in_history)
     places, gains = None, None
-    if is_rated:
-        is_place = is_relevant[history.values] & (history.positions > 0)
+    if is_rated or config.label_fraction < 1:
+        is_place = is_asked[history.values] & (history.positions > 0)
         places = history.with_values(history.positions).filter(is_place)
         _require_targets(config, places)
     if config.gain == "rating":
@@ -113,12 +119,17 @@ def load_relevance(config: RankingConfig, dataset: PreparedDataset) -> Relevance
 
 
 def _require_targets(config: RankingConfig, places: Jagged) -> None:
-    num = torch.tensor(len(places.values))
-    if not int(sum_over_ranks(num)):
+    if int(sum_over_ranks(torch.tensor(len(places.values)))):
+        return
+    if config.positive_rating is None:
         raise ValueError(
-            f"finetune.ranking.positive_rating: no user has a training item rated "
-            f"{config.positive_rating} or more after another one; lower it"
+            f"finetune.ranking.label_fraction: {config.label_fraction:g} of the labels leaves no "
+            "item to learn from; raise it"
         )
+    raise ValueError(
+        f"finetune.ranking.positive_rating: no user has a training item rated "
+        f"{config.positive_rating} or more after another one; lower it"
+    )
 
 
 def _require_gains(gains: Tensor) -> None:
