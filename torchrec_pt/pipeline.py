@@ -30,6 +30,7 @@ from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.recommender import Recommendation, Recommender, find_user
 from torchrec_pt.runs import StageResult, finished_stages
 from torchrec_pt.stages import Stage, entered, train_stage
+from torchrec_pt.train import OnValidation
 
 
 def prepare(config: RunConfig, console: Console | None = None) -> PreparedDataset:
@@ -72,14 +73,18 @@ def _load_prepared(stage: Stage) -> PreparedDataset:
     return dataset
 
 
-def pretrain(config: RunConfig, console: Console | None = None) -> StageResult:
+def pretrain(
+    config: RunConfig,
+    console: Console | None = None,
+    on_validation: OnValidation | None = None,
+) -> StageResult:
     """Self-supervised pretraining; validated by ranking the next item without fine-tuning.
 
     Raises:
         ValueError: no [pretrain] section, or an objective that does not fit the model.
         TrainingError: the loss became NaN or infinite.
     """
-    with entered(config, console) as stage:
+    with entered(config, console, on_validation) as stage:
         dataset = _load_prepared(stage)
         objectives = build_objectives(config, dataset)
         assert config.pretrain is not None
@@ -95,7 +100,9 @@ def pretrain(config: RunConfig, console: Console | None = None) -> StageResult:
 
 
 def finetune(
-    config: RunConfig, console: Console | None = None
+    config: RunConfig,
+    console: Console | None = None,
+    on_validation: OnValidation | None = None,
 ) -> dict[str, dict[str, StageResult]]:
     """Fine-tune for every configured task: task -> "pretrained", and "scratch" where asked for.
 
@@ -108,7 +115,7 @@ def finetune(
             "finetune: no task is configured; add [finetune.ctr], [finetune.ranking] or "
             "[finetune.rating]"
         )
-    with entered(config, console) as stage:
+    with entered(config, console, on_validation) as stage:
         dataset = _load_prepared(stage)
         pretrained = finished_stages(config, dataset).get("pretrain")
         if pretrained is None:

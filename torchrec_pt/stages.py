@@ -26,7 +26,7 @@ from torchrec_pt.runs import (
     origin_digest,
     stage_fingerprint,
 )
-from torchrec_pt.train import Trainer
+from torchrec_pt.train import OnValidation, Trainer
 from torchrec_pt.transfer import Numbering, continue_training, load_pretrained
 from torchrec_pt.validation import monitor_of, validation
 
@@ -42,6 +42,7 @@ class Stage:
     config: RunConfig
     ranks: Ranks
     console: Console | None
+    on_validation: OnValidation | None = None
 
     def say(self, text: str) -> None:
         if self.console is not None:
@@ -49,13 +50,15 @@ class Stage:
 
 
 @contextmanager
-def entered(config: RunConfig, console: Console | None) -> Iterator[Stage]:
+def entered(
+    config: RunConfig, console: Console | None, on_validation: OnValidation | None = None
+) -> Iterator[Stage]:
     """Join the ranks and leave the resolved configuration in the run's folder."""
     with joined_ranks() as ranks:
         with raised_together():
             if ranks.is_first:
                 write_json(config.run_dir / "config.json", config.model_dump(mode="json"))
-        yield Stage(config, ranks, console if ranks.is_first else None)
+        yield Stage(config, ranks, console if ranks.is_first else None, on_validation)
 
 
 def train_stage(
@@ -128,6 +131,7 @@ def train_stage(
         numbering=numbering,
         ranks=ranks,
         console=stage.console,
+        on_validation=stage.on_validation,
     )
     position = trainer.run(validation(config, dataset, built.learner, ranks))
     result = StageResult(

@@ -54,6 +54,7 @@ from torchrec_pt.config.tasks import (
     TaskConfig,
 )
 from torchrec_pt.config.training import PretrainConfig, TrainConfig
+from torchrec_pt.config.tune import Domain, TuneConfig
 
 __all__ = [
     "Autoencoder",
@@ -65,6 +66,7 @@ __all__ = [
     "CtrConfig",
     "DataConfig",
     "Denoising",
+    "Domain",
     "EvaluateConfig",
     "ExportConfig",
     "Feature",
@@ -94,5 +96,6 @@ __all__ = [
     "TemporalSplit",
     "TrainConfig",
     "TransformerConfig",
+    "TuneConfig",
     "TwoTowerConfig",
 ]
