@@ -21,6 +21,7 @@ from torchrec_pt.config import RunConfig
 from torchrec_pt.files import refused
 
 if TYPE_CHECKING:
+    from cluster.proposals import Proposals
     from torchrec_pt.trials import Trial
     from torchrec_pt.tune import Found, Progress
 
@@ -50,7 +51,7 @@ def _search(work: Work, num_parallel: int, num_cpus: int, num_gpus: int) -> Foun
             "cluster.tune: optuna is not installed; pip install optuna, on every node, or use "
             "torchrec-pt tune"
         )
-    from cluster.proposals import SCORE, Proposals
+    from cluster.proposals import Proposals
     from torchrec_pt.data.dataset import PreparedDataset
     from torchrec_pt.trials import read_trials
     from torchrec_pt.tune import found
@@ -59,29 +60,40 @@ def _search(work: Work, num_parallel: int, num_cpus: int, num_gpus: int) -> Foun
     begun = ray.get(_begin.options(num_cpus=num_cpus, num_gpus=num_gpus).remote(work, num_cpus))
     if isinstance(begun, Refused):
         return begun
-    config = work.config
-    dataset = PreparedDataset.load(config.prepared_dir)
-    ended = read_trials(config, dataset)
-    record = Record(work, dataset, ended)
-    proposals = Proposals(config, ended)
-    if ended:
-        record.say(f"tune: {len(ended)} trials ended before")
-    if not proposals.waiting:
-        return found(config, ended.values())
-    max_epochs = _max_epochs(config)
-    tuner = tune.Tuner(
-        tune.with_resources(
-            tune.with_parameters(_trial, work=work, num_threads=num_cpus),
-            {"cpu": num_cpus, "gpu": num_gpus},
-        ),
+    dataset = PreparedDataset.load(work.config.prepared_dir)
+    record = Record(work, dataset, read_trials(work.config, dataset))
+    proposals = Proposals(work.config, record.ended)
+    if record.ended:
+        record.say(f"tune: {len(record.ended)} trials ended before")
+    if proposals.waiting:
+        trial = tune.with_parameters(_trial, work=work, num_threads=num_cpus)
+        trial = tune.with_resources(trial, {"cpu": num_cpus, "gpu": num_gpus})
+        results = _tuner(trial, work.config, proposals, record, num_parallel).fit()
+        if record.refused is not None:
+            return record.refused
+        if results.errors:
+            goes_on = "the same command goes on after the trials that ended"
+            return Refused(f"{last_line(results.errors[0])}; {goes_on}", 1)
+    return found(work.config, record.ended.values())
+
+
+def _tuner(
+    trial: Any, config: RunConfig, proposals: Proposals, record: Record, num_parallel: int
+) -> tune.Tuner:
+    from cluster.proposals import SCORE
+    from torchrec_pt.trials import settings
+
+    max_t = _max_epochs(config) + 1  # so that ASHA ends no trial by itself
+    return tune.Tuner(
+        trial,
         tune_config=tune.TuneConfig(
             search_alg=proposals,
             scheduler=tune.schedulers.ASHAScheduler(
                 time_attr=EPOCH,
                 metric=SCORE,
                 mode="max",
-                max_t=max_epochs + 1,  # ends no trial by itself
-                grace_period=min(_grace_epochs(config), max_epochs + 1),
+                max_t=max_t,
+                grace_period=min(settings(config).grace_epochs, max_t),
                 reduction_factor=REDUCTION_FACTOR,
             ),
             num_samples=len(proposals.waiting),
@@ -97,13 +109,6 @@ def _search(work: Work, num_parallel: int, num_cpus: int, num_gpus: int) -> Foun
             verbose=0,
         ),
     )
-    results = tuner.fit()
-    if record.refused is not None:
-        return record.refused
-    if results.errors:
-        goes_on = "the same command goes on after the trials that ended"
-        return Refused(f"{last_line(results.errors[0])}; {goes_on}", 1)
-    return found(config, record.ended.values())
 
 
 @ray.remote(max_retries=0)
@@ -179,11 +184,6 @@ class Record(tune.Callback, tune.Stopper):
 
     def stop_all(self) -> bool:
         return self.refused is not None
-
-
-def _grace_epochs(config: RunConfig) -> int:
-    assert config.tune is not None
-    return config.tune.grace_epochs
 
 
 def _max_epochs(config: RunConfig) -> int:

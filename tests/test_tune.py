@@ -112,6 +112,12 @@ def test_the_judged_stage_must_be_configured(tmp_path: Path) -> None:
         load_config(tmp_path / "run.toml", ["tune.task=ctr"])
 
 
+def test_the_example_is_a_search() -> None:
+    config = load_config(Path(__file__).parents[1] / "configs/tune_ctr.toml")
+    assert config.tune is not None
+    assert config.tune.shares_pretraining
+
+
 def test_a_key_may_be_quoted_or_not(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     spaces = []

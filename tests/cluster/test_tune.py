@@ -31,18 +31,19 @@ columns = { rating = "rating", timestamp = "timestamp" }
 dim = 16
 num_layers = 1
 max_length = 8
+attention = "causal"
 
 [pretrain]
-epochs = 9
+epochs = 4
 batch_size = 10
 warmup_steps = 0
 learning_rate = 1e-2
-objectives = [{ name = "masked_item" }]
+objectives = [{ name = "next_item" }]
 
 [tune]
 task = "pretrain"
 num_trials = 3
-grace_epochs = 3
+grace_epochs = 2
 
 [tune.space]
 pretrain.learning_rate = { choices = [1e-7, 1e30] }
@@ -56,7 +57,7 @@ def _search(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
@@ -68,7 +69,7 @@ def test_asha_stops_what_falls_behind_and_the_best_is_written_as_without_ray(
     done = _search(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "prepare: 37 users, 30 items" in done.stdout
-    assert done.stdout.count("trial ") >= 3
+    assert done.stdout.count(" of 3: ") == 3
     assert not done.stderr
 
     lines = (tmp_path / "run/tune/trials.jsonl").read_text().splitlines()
@@ -79,7 +80,7 @@ def test_asha_stops_what_falls_behind_and_the_best_is_written_as_without_ray(
         1e-7: "stopped",
         1e30: "failed",
     }
-    assert by_rate[1e-7].epochs == 3
+    assert by_rate[1e-7].epochs == 2
     assert "loss is not finite" in by_rate[1e30].reason
     assert by_rate[1e-2].number == 0
 
@@ -89,7 +90,7 @@ def test_asha_stops_what_falls_behind_and_the_best_is_written_as_without_ray(
     again = _search(tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "tune: 3 trials ended before" in again.stdout
-    assert [line.split(":")[0] for line in again.stdout.splitlines() if " of 3: " in line] == []
+    assert " of 3: " not in again.stdout
 
     refused = _search(tmp_path, "--set", "data.path=no.tsv")
     assert refused.returncode == 2
