@@ -25,8 +25,13 @@ if TYPE_CHECKING:
     from torchrec_pt.trials import Trial
     from torchrec_pt.tune import Found, Progress
 
-# Of Tune's processes: no result files of its own, and no folder of its own to stand in.
-ENVIRONMENT = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+# Of Tune's processes: no result files of its own, no folder of its own to stand in, and time for a
+# trial that is stopped to end what it writes before its process takes the next one.
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "3600",
+}
 EPOCH = "epoch"
 # ASHA lets one of so many trials go on at each rung (Li et al. 2020, "eta").
 REDUCTION_FACTOR = 3
