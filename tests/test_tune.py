@@ -177,6 +177,8 @@ def _config(
 ) -> RunConfig:
     return tiny_config(
         folder,
+        model={"dim": 16, "num_layers": 1, "max_length": 8, "attention": "causal"},
+        pretrain={"epochs": 1, "batch_size": 10, "objectives": [{"name": "next_item"}]},
         finetune={"ranking": {**RANKING, "control": "scratch"}},
         tune={"task": task, "num_trials": 3, "space": space, **tune},
     )
@@ -256,6 +258,22 @@ def test_trials_share_what_they_do_not_change_and_look_at_no_test_data(
         for stage in ("pretrain", "finetune/ranking/pretrained")
     ]
     assert not list(folder.glob("run/pretrain/checkpoints.old-*"))
+
+
+def test_trials_may_start_from_the_model_of_another_run(folder: Path) -> None:
+    before = _config(folder)
+    pipeline.prepare(before)
+    start = pipeline.pretrain(before)
+    raw = before.model_dump(mode="json", exclude_unset=True, exclude={"pretrain"})
+    raw["run_dir"] = str(folder / "after")
+    raw["finetune"]["start_from"] = str(start.folder)
+    config = RunConfig.model_validate(raw)
+    found = tune(config)
+    assert [trial.state for trial in found.trials] == ["done"] * 3
+    best = max(found.trials, key=lambda trial: trial.score)
+    results = pipeline.finetune(load_config(found.best))["ranking"]
+    assert results["pretrained"].metrics == best.metrics
+    assert tune(config) == found
 
 
 def test_a_killed_search_goes_on_with_the_same_trials_to_the_same_best(

@@ -25,7 +25,7 @@ from torchrec_pt.config_file import ConfigError, with_values
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.files import whole_file
 from torchrec_pt.metrics import goodness
-from torchrec_pt.runs import stage_fingerprint
+from torchrec_pt.runs import stage_fingerprints
 
 _SHOWN = 10  # rows of the table
 _MAX_REPEATS = 1000  # draws in a row that were all drawn before: the space has no more
@@ -164,10 +164,9 @@ def fingerprint(
         trial = trial_config(config, number, values)
     except ConfigError:
         return ""
-    task, start = settings(config).task, None
-    if task != "pretrain" and trial.pretrain is not None:
-        start = stage_fingerprint(trial, dataset, trial.pretrain, None)
-    return stage_fingerprint(trial, dataset, judged(trial, task), start)
+    task = settings(config).task
+    stage = "pretrain" if task == "pretrain" else f"finetune/{task}/pretrained"
+    return stage_fingerprints(trial, dataset)[stage]
 
 
 # --- what came of it ----------------------------------------------------------------------------

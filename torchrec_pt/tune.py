@@ -156,7 +156,7 @@ def _train(
         result = pipeline.pretrain(trial, on_validation=on_validation)
     else:
         _lay_pretraining(config, trial)
-        if not _shares_pretraining(config):
+        if trial.pretrain is not None and not _shares_pretraining(config):
             pipeline.pretrain(trial)
         result = pipeline.finetune(trial, on_validation=on_validation)[task]["pretrained"]
     return result.metrics, str(result.values["monitor"]), int(result.values["curve"][-1]["epoch"])

@@ -48,10 +48,13 @@ from torchrec_pt.config.section import Section
 from torchrec_pt.config.tasks import (
     CtrConfig,
     FinetuneConfig,
+    InteractionName,
     PairConfig,
     RankingConfig,
     RatingConfig,
     TaskConfig,
+    TransferConfig,
+    transfer_of,
 )
 from torchrec_pt.config.training import PretrainConfig, TrainConfig
 from torchrec_pt.config.tune import Domain, TuneConfig
@@ -73,6 +76,7 @@ __all__ = [
     "Filters",
     "FinetuneConfig",
     "GivenSplit",
+    "InteractionName",
     "ItemPrediction",
     "LeaveOneOutSplit",
     "MaskedItem",
@@ -95,7 +99,9 @@ __all__ = [
     "TaskConfig",
     "TemporalSplit",
     "TrainConfig",
+    "TransferConfig",
     "TransformerConfig",
     "TuneConfig",
     "TwoTowerConfig",
+    "transfer_of",
 ]
