@@ -12,6 +12,7 @@ from torchrec_pt.config.model import ModelConfig, TransformerConfig
 from torchrec_pt.config.section import Section
 from torchrec_pt.config.tasks import FinetuneConfig
 from torchrec_pt.config.training import PretrainConfig
+from torchrec_pt.config.tune import TuneConfig
 
 
 class Candidates(Section):
@@ -68,6 +69,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     show: ShowConfig = ShowConfig()
+    tune: TuneConfig | None = None
 
     @field_validator("model", mode="before")
     @classmethod
