@@ -128,8 +128,8 @@ def _line(path: Path, *overrides: str) -> str:
             "finetune.ctr: transfer.linear_probe wants a linear head; drop hidden_dims",
         ),
         (
-            "[finetune.ranking.transfer]\nlinear_probe = true",
-            "finetune.ranking: transfer.linear_probe: the task has no linear head; drop it",
+            '[finetune.ranking]\nhead = "inner"\ntransfer = { linear_probe = true }',
+            "finetune.ranking: transfer.linear_probe wants a linear head; drop head",
         ),
         (
             OBJECTIVE + '[finetune]\nstart_from = "runs/y/pretrain"',
