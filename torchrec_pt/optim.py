@@ -51,7 +51,8 @@ class Optimizers:
         self.parameters = {n: p for n, p in parameters.items() if p.requires_grad}
         table = {n: p for n, p in self.parameters.items() if is_item_table(n)}
         table_rate = placement.learning_rate or config.learning_rate
-        self.layers = {n: LayerRate() for n, _ in model.named_parameters()} | dict(layers or {})
+        # By the names of the state dict: bags name their parameters otherwise.
+        self.layers = {name: LayerRate() for name in model.state_dict()} | dict(layers or {})
         self.rates = {
             name: layer.share * (table_rate if is_item_table(name) else config.learning_rate)
             for name, layer in self.layers.items()
@@ -90,8 +91,9 @@ class Optimizers:
     def prepare(self, step: int) -> None:
         """Set step's learning rates and clear the gradients; call it before forward."""
         self._step = step
-        if self._items.is_sharded:
-            self._items.is_frozen = not self._layer_of_table.trains_at(step)
+        unfrozen_at = self._layer_of_table.first_step
+        if unfrozen_at and self._items.is_sharded:
+            self._items.is_frozen = step < unfrozen_at
         factor = schedule_factor(self.config, step, self.num_steps)
         for group, rate in self._base_rates:
             group["lr"] = rate * factor
@@ -197,7 +199,8 @@ def _adamw_groups(
         is_matrix = p.dim() > 1 and p.shape[1] > 1  # a table of width 1 holds biases
         is_decayed = is_matrix or is_item_table(name)
         groups.setdefault((weight_decay if is_decayed else 0.0, rates[name]), []).append(p)
-    return [
+    made: list[dict[str, object]] = [
         {"params": group, "weight_decay": decay, "lr": rate}
         for (decay, rate), group in groups.items()
     ]
+    return made or [{"params": []}]  # torch takes no group for a mistake, but not an empty one

@@ -110,8 +110,9 @@ def train_stage(
         with_impressions=any(isinstance(one, PairTask) for one in objectives),
     )
     steps_per_epoch = train.steps_in(loader.steps_per_epoch)
-    parameters = [name for name, _ in built.model.named_parameters()]
-    layers = layer_rates(built.learner, parameters, transfer_of(train), steps_per_epoch)
+    layers = layer_rates(
+        built.learner, built.model.state_dict(), transfer_of(train), steps_per_epoch
+    )
     num_steps = train.epochs * steps_per_epoch
     optimizers = Optimizers(built.model, train, built.placement, num_steps, layers)
     plans = table_plans(built.model, optimizers.state())

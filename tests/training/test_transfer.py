@@ -192,7 +192,7 @@ def _built(config: RunConfig, dataset: PreparedDataset) -> tuple[Built, Optimize
     ((task, train),) = config.finetune.tasks.items()
     objectives = [build_task(config, task, dataset)]
     built = build_learner(config, train, objectives, dataset, join_ranks())
-    names = [name for name, _ in built.model.named_parameters()]
+    names = built.model.state_dict()
     layers = layer_rates(built.learner, names, transfer_of(train), STEPS_AN_EPOCH)
     return built, Optimizers(built.model, train, built.placement, 12, layers)
 
