@@ -243,7 +243,7 @@ def in_words(trial: Trial, ended: Iterable[Trial], num_trials: int) -> str:
     """One line about a trial that ended, the last of `ended`."""
     names = short_names(trial.values)
     values = ", ".join(f"{names[key]} {in_cell(value)}" for key, value in trial.values.items())
-    came = f"failed, {trial.reason}"
+    came = f"failed, {trial.reason.split('; ')[0]}"  # trials.jsonl has all of it
     if trial.state != "failed":
         came = f"valid {trial.monitor} {trial.metrics[trial.monitor]:.4f}"
         came += " (best so far)" if trial == best_of(ended) else ""
