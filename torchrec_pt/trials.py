@@ -243,7 +243,7 @@ def in_words(trial: Trial, ended: Iterable[Trial], num_trials: int) -> str:
     """One line about a trial that ended, the last of `ended`."""
     names = short_names(trial.values)
     values = ", ".join(f"{names[key]} {in_cell(value)}" for key, value in trial.values.items())
-    came = f"failed, {trial.reason}"
+    came = f"failed, {trial.reason.split('; ')[0]}"  # trials.jsonl has all of it
     if trial.state != "failed":
         came = f"valid {trial.monitor} {trial.metrics[trial.monitor]:.4f}"
         came += " (best so far)" if trial == best_of(ended) else ""
@@ -260,16 +260,16 @@ def print_trials(trials: Sequence[Trial], console: Console) -> None:
     shown = ranked[:_SHOWN]
     names = short_names(ranked[0].values)
     title = f"The best {len(shown)} of {len(trials)} trials, on the validation split"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    caption = "trial 0: as the configuration stands; *: stopped before its end"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     monitor = next((trial.monitor for trial in ranked if trial.monitor), "")
     for name in ("trial", monitor, *names.values(), "epochs"):
         table.add_column(name, justify="right")
     for trial in shown:
         value = f"{trial.metrics[monitor]:.4f}" if trial.metrics else "failed"
         values = [in_cell(trial.values[key]) for key in names]
-        epochs = f"{trial.epochs}{', stopped' if trial.state == 'stopped' else ''}"
-        number = f"{trial.number}" if trial.number else "as it stands"
-        table.add_row(number, value, *values, epochs)
+        epochs = f"{trial.epochs}{'*' if trial.state == 'stopped' else ''}"
+        table.add_row(str(trial.number), value, *values, epochs)
     console.print(table)
 
 
