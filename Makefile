@@ -5,6 +5,8 @@ BIN := .venv/bin
 ML100K ?=
 # The folder data of https://github.com/RUCAIBox/CIKM2020-S3Rec, for reproduce.
 S3REC ?=
+# GroupLens' folder ml-100k with u1.test … u5.test, for reproduce.
+GROUPLENS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup data demo demo-ray test check bench reproduce soak cuda-build clean
@@ -13,6 +15,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  ML100K=PATH     demo: use your own copy of MovieLens-100K"
 	@echo "  S3REC=PATH      reproduce: the folder with S3-Rec's Beauty.txt and LastFM.txt"
+	@echo "  GROUPLENS=PATH  reproduce: GroupLens' folder ml-100k, for the ratings' folds"
 	@echo "  PYTHON=PATH     setup: the Python (3.10 or newer) to make .venv with"
 
 setup: ## make .venv, install everything, build the operators (a second call is instant)
@@ -40,7 +43,7 @@ bench: setup ## run every benchmark; results go to benchmarks/results
 	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
 reproduce: setup ## run every recipe over its seeds and the comparisons; writes docs/results.md (hours)
-	$(BIN)/python benchmarks/reproduce.py $(if $(S3REC),--s3rec "$(S3REC)")
+	$(BIN)/python benchmarks/reproduce.py $(if $(S3REC),--s3rec "$(S3REC)") $(if $(GROUPLENS),--grouplens "$(GROUPLENS)")
 
 soak: setup ## run the long tests
 	$(BIN)/python -m pytest -m soak

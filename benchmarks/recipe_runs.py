@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conditions import ROOT
-from recipes import Comparison, Recipe
+from recipes import FINETUNED, Comparison, Recipe, Study, Variation
 
 from torchrec_pt.config_file import load_config
 
@@ -23,11 +23,22 @@ class Run:
         name: its folder in runs/reproduce.
         config: a file of configs/, without .toml.
         settings: what differs from it, as --set takes it.
+        task: what it is fine-tuned for; None: it is pretrained alone.
+        pretrained: the run whose pretraining, which must be of the same settings, it takes for its
+            own.
     """
 
     name: str
     config: str
     settings: tuple[str, ...]
+    task: str | None = None
+    pretrained: Run | None = None
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        pretrain = () if self.pretrained else ("pretrain",)
+        finetune = ("finetune",) if self.task else ()
+        return ("prepare", *pretrain, *finetune, "evaluate")
 
     @property
     def folder(self) -> Path:
@@ -50,9 +61,52 @@ class Run:
         mark = self.folder / "done.json"
         return mark.is_file() and json.loads(mark.read_text())["digest"] == self.digest
 
+    def link_pretraining(self) -> None:
+        """Put the pretraining of the other run where this one's would be.
+
+        Fine-tuning takes it only if its fingerprint is that of this run's configuration and data.
+        """
+        assert self.pretrained is not None
+        link = self.folder / "pretrain"
+        if not link.is_symlink():
+            link.symlink_to(Path("..") / self.pretrained.name / "pretrain")
+
 
 def recipe_run(recipe: Recipe, seed: int) -> Run:
-    return Run(f"{recipe.name}-seed{seed}", recipe.name, (f"seed={seed}",))
+    """Of the first fold where there are several."""
+    return recipe_runs(recipe, seed)[0]
+
+
+def recipe_runs(recipe: Recipe, seed: int) -> list[Run]:
+    """One, or one a fold; with the scratch control where it is fine-tuned."""
+    control = (f"finetune.{recipe.task}.control=scratch",) if recipe.task else ()
+    return [
+        Run(
+            "-".join(filter(None, (recipe.name, f"seed{seed}", fold))),
+            recipe.name,
+            (*_settings(recipe, seed, fold), *control),
+            recipe.task,
+        )
+        for fold in recipe.folds or ("",)
+    ]
+
+
+def variation_run(study: Study, variation: Variation, seed: int) -> Run:
+    """On the first fold where there are several."""
+    recipe = next(recipe for recipe in FINETUNED if recipe.name == study.recipe)
+    fold = recipe.folds[0] if recipe.folds else ""
+    return Run(
+        f"{recipe.name}-{variation.name}-seed{seed}",
+        recipe.name,
+        (*_settings(recipe, seed, fold), *variation.settings),
+        recipe.task,
+        pretrained=recipe_run(recipe, seed),
+    )
+
+
+def _settings(recipe: Recipe, seed: int, fold: str) -> tuple[str, ...]:
+    of_fold = (f"data.path=data/{recipe.data}/{fold}",) if fold else ()
+    return (f"seed={seed}", *of_fold)
 
 
 def comparison_runs(comparison: Comparison, seed: int) -> tuple[Run, Run, Run]:

@@ -1,6 +1,6 @@
 """What `make reproduce` runs: recipes with the figures they are held against, and comparisons.
 
-The comparisons were written down before any of them was run.
+The comparisons and studies were written down before any of them was run.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 FULL, SAMPLED = "ranking", "sampled_ranking"
+CLICKS, ONE_FOLD, FIVE_FOLDS = "ctr", "u1", "u1 … u5"
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Figure:
     """What somebody else's system reached.
 
     Attributes:
-        protocol: FULL, over the whole catalogue, or SAMPLED, one item among 99 drawn ones.
+        protocol: FULL, over the whole catalogue, or SAMPLED, one item among 99 drawn ones; CLICKS;
+            ONE_FOLD or FIVE_FOLDS, the mean of the five, for ratings.
         metrics: as in evaluate/result.json.
     """
 
@@ -28,20 +30,38 @@ class Figure:
 
 @dataclass(frozen=True)
 class Recipe:
-    """configs/<name>.toml, on one data set, over three seeds."""
+    """configs/<name>.toml, on one data set, over three seeds.
+
+    Attributes:
+        task: what it is fine-tuned for; None: it is pretrained alone.
+        folds: folders below the data set's, each trained on and tested by itself.
+    """
 
     name: str
     title: str
     data: str
     figures: tuple[Figure, ...]
+    task: str | None = None
+    folds: tuple[str, ...] = ()
 
 
 def _ndcg(hr: float, ndcg: float) -> dict[str, float]:
     return {"hr@10": hr, "ndcg@10": ndcg}
 
 
+def _clicks(auc: float, logloss: float) -> dict[str, float]:
+    return {"auc": auc, "logloss": logloss}
+
+
+def _ratings(rmse: float, mae: float | None = None) -> dict[str, float]:
+    return {"rmse": rmse} if mae is None else {"rmse": rmse, "mae": mae}
+
+
 RECTOOLS = "RecTools 0.19, run here: 64 dims, 2 layers, 2 heads, length 50"
 S3REC = "github.com/RUCAIBox/CIKM2020-S3Rec, the authors' rerun"
+RECBOLE = "RecBole 1.2.1, run here on the same splits"
+RECBOLE_SPLIT = "RecBole 1.2.1, run here on its own random 8 : 1 : 1"
+SURPRISE = "surprise 1.1.5, run here: defaults, rows in the order of u.data; one seed"
 BENCHMARK = "github.com/blondered/transformer_benchmark"
 
 RECIPES = (
@@ -101,6 +121,45 @@ RECIPES = (
     ),
 )
 
+FINETUNED = (
+    Recipe(
+        "ml100k_ctr",
+        "clicks, fine-tuned",
+        "ml-100k",
+        (
+            Figure("DeepFM", f"{RECBOLE}; mean of seeds 0, 1, 2", CLICKS, _clicks(0.7854, 0.5660)),
+            Figure("DCN-v2", f"{RECBOLE}; seed 0", CLICKS, _clicks(0.7756, 0.5812)),
+            Figure("AutoInt", f"{RECBOLE_SPLIT}; one seed", CLICKS, _clicks(0.7815, 0.5694)),
+        ),
+        task="ctr",
+    ),
+    Recipe(
+        "ml100k_rating",
+        "ratings, fine-tuned",
+        "ml-100k-folds",
+        (
+            Figure("SVD", SURPRISE, ONE_FOLD, _ratings(0.9515, 0.7487)),
+            Figure("SVD++", SURPRISE, ONE_FOLD, _ratings(0.9247, 0.7274)),
+            Figure("GC-MC", "van den Berg et al. 2017", ONE_FOLD, _ratings(0.910)),
+            Figure("GC-MC + features", "van den Berg et al. 2017", ONE_FOLD, _ratings(0.905)),
+            Figure("SVD", SURPRISE, FIVE_FOLDS, _ratings(0.9395, 0.7406)),
+            Figure("SVD++", SURPRISE, FIVE_FOLDS, _ratings(0.9194, 0.7223)),
+        ),
+        task="rating",
+        folds=("u1", "u2", "u3", "u4", "u5"),
+    ),
+    Recipe(
+        "ml100k_ranking",
+        "next items, fine-tuned",
+        "ml-100k",
+        (
+            Figure("SASRec", f"{RECTOOLS}; one seed", FULL, _ndcg(0.1665, 0.0853)),
+            Figure("BERT4Rec", f"{RECTOOLS}; mean of seeds 0, 1, 2", FULL, _ndcg(0.1877, 0.0935)),
+        ),
+        task="ranking",
+    ),
+)
+
 # The objectives that pretrain before next-item training, on the causal transformer of the
 # data set's next_item recipe. A [MASK] is read both ways, hence their attention.
 CAUSAL, BOTH = "causal", "bidirectional"
@@ -141,3 +200,48 @@ COMPARISONS = (
     *(Comparison("lastfm_next_item", first, 30, 5) for first in PRETRAININGS),
     Comparison("beauty_next_item", PRETRAININGS[0], 12, 1),
 )
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A recipe fine-tuned with other settings, as --set takes them."""
+
+    name: str
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A recipe's variations, each from the pretraining that the recipe itself has of the seed."""
+
+    name: str
+    recipe: str
+    variations: tuple[Variation, ...]
+    num_seeds: int
+
+
+PAIRWISE, LISTWISE = ("bpr", "hinge"), ("softmax", "listnet", "lambda", "approx_ndcg")
+LOSSES = Study(
+    "ranking_losses",
+    "ml100k_ranking",
+    tuple(Variation(loss, (f"finetune.ranking.loss={loss}",)) for loss in (*PAIRWISE, *LISTWISE)),
+    num_seeds=3,
+)
+
+# Shares of the training labels; the recipe itself has all of them.
+FRACTIONS = (0.01, 0.05, 0.2)
+
+
+def _curve(task: str) -> Study:
+    variations = (
+        Variation(
+            f"labels{fraction:g}",
+            (f"finetune.{task}.label_fraction={fraction:g}", f"finetune.{task}.control=scratch"),
+        )
+        for fraction in FRACTIONS
+    )
+    return Study(f"{task}_curve", f"ml100k_{task}", tuple(variations), num_seeds=5)
+
+
+CURVES = {task: _curve(task) for task in ("ctr", "ranking", "rating")}
+STUDIES = (LOSSES, *CURVES.values())

@@ -20,7 +20,13 @@ from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.item_rows import match_rows, per_item
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.saver import Saver
-from torchrec_pt.transfer import Numbering, load_pretrained, model_tensors, optimizer_tensors
+from torchrec_pt.transfer import (
+    Numbering,
+    _take_over,
+    load_pretrained,
+    model_tensors,
+    optimizer_tensors,
+)
 
 TABLE = "model.backbone.items.collection.embeddings.item.weight"
 
@@ -31,11 +37,29 @@ def ranks() -> Iterator[Ranks]:
         yield ranks
 
 
+def _colours(*values: str) -> pl.DataFrame:
+    """The vocabulary of the items' colours, from 1 on."""
+    rows = {"of": "item", "column": "colour", "value": list(values)}
+    ids = pl.int_range(1, len(values) + 1, dtype=pl.Int32, eager=True)
+    return pl.DataFrame(rows, schema=["of", "column", "value"]).with_columns(id=ids)
+
+
+NO_COLOURS = _colours()
+
+
 def _save(
-    folder: Path, tensors: dict[str, Tensor], ids: pl.Series, ranks: Ranks, vocabulary: str = "v"
+    folder: Path,
+    tensors: dict[str, Tensor],
+    ids: pl.Series,
+    ranks: Ranks,
+    vocabulary: pl.DataFrame = NO_COLOURS,
+    *,
+    is_old: bool = False,
 ) -> Path:
-    with Saver(folder, ids, ranks, keep_last=1, in_background=False) as saver:
-        saver.save(1, tensors, {"vocabulary": vocabulary}, best_step=1)
+    """`is_old`: as checkpoints were before they held the vocabulary."""
+    kept = None if is_old else vocabulary
+    with Saver(folder, ids, ranks, keep_last=1, in_background=False, vocabulary=kept) as saver:
+        saver.save(1, tensors, {"vocabulary": Numbering(ids, vocabulary).digest}, best_step=1)
     return folder / "step-00000001"
 
 
@@ -50,9 +74,15 @@ class _Stub(nn.Module):
         return self.tensors
 
 
-def _load(path: Path, tensors: dict[str, Tensor], ids: pl.Series, ranks: Ranks) -> str:
+def _load(
+    path: Path,
+    tensors: dict[str, Tensor],
+    ids: pl.Series,
+    ranks: Ranks,
+    vocabulary: pl.DataFrame = NO_COLOURS,
+) -> str:
     model: Any = _Stub(tensors)
-    return str(load_pretrained(path, model, Numbering(ids, "v"), ranks))
+    return str(load_pretrained(path, model, Numbering(ids, vocabulary), ranks))
 
 
 def _table(num: int, dim: int = 3) -> Tensor:
@@ -116,20 +146,61 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path, ranks: Ranks) -> None
         _load(path, {TABLE: torch.zeros(1, 3)}, pl.Series(["z"]), ranks)
 
 
-def test_tables_of_features_whose_values_were_numbered_otherwise_begin_anew(
+COLOUR = "model.backbone.item_features.tables.embedding_bags.item_colour.weight"
+
+
+def test_rows_of_categories_move_with_their_values_and_new_ones_start_as_the_unknown(
     tmp_path: Path, ranks: Ranks
 ) -> None:
-    feature = "model.backbone.item_features.tables.embedding_bags.item_colour.weight"
     ids = pl.Series(["a", "b", "c"])
-    for vocabulary, taken in (("v", True), ("other", False)):
-        path = _save(tmp_path, {TABLE: _table(3), feature: _table(4)}, ids, ranks, vocabulary)
-        # As many values, or more: nobody may take the one's row for the other's.
-        target = {TABLE: torch.zeros(3, 3), feature: torch.zeros(4 if taken else 6, 3)}
-        said = _load(path, target, ids, ranks)
-        assert bool(target[feature].any()) == taken
+    saved = {TABLE: _table(3), COLOUR: _table(4)}
+    path = _save(tmp_path, saved, ids, ranks, _colours("red", "blue", "green"))
+    target = {TABLE: torch.zeros(3, 3), COLOUR: torch.full((5, 3), -1.0)}
+    wanted = _colours("blue", "pink", "red", "grey")
+    said = _load(path, target, ids, ranks, wanted)
+    assert target[COLOUR][:, 0].tolist() == [1, 3, 1, 2, 1]  # unknown, blue, pink, red, grey
+    assert said.endswith("values of item_colour: 3 matched, 2 new, 1 dropped")
+    assert target[TABLE][:, 0].tolist() == [1, 2, 3]
+
+
+def test_the_state_of_a_new_category_is_not_that_of_the_unknown_one(
+    tmp_path: Path, ranks: Ranks
+) -> None:
+    ids = pl.Series(["a", "b", "c"])
+    state = COLOUR.replace("model.", "optimizer.") + ".exp_avg"
+    tensors = {TABLE: _table(3), COLOUR: _table(2), state: _table(2)}
+    path = _save(tmp_path, tensors, ids, ranks, _colours("red"))
+    target = {TABLE: torch.zeros(3, 3), COLOUR: torch.zeros(3, 3), state: torch.zeros(3, 3)}
+    opened = Checkpoint.open(path, ranks)
+    kinds = ("model.", "optimizer.")
+    _take_over(opened, target, kinds, Numbering(ids, _colours("blue", "red")))
+    assert target[state][:, 0].tolist() == [1, 0, 2]
+
+
+def test_values_of_an_old_checkpoint_are_known_only_where_they_are_numbered_alike(
+    tmp_path: Path, ranks: Ranks
+) -> None:
+    ids = pl.Series(["a", "b", "c"])
+    for colours, taken in ((("red", "blue"), True), (("blue", "red"), False)):
+        saved = {TABLE: _table(3), COLOUR: _table(3)}
+        path = _save(tmp_path, saved, ids, ranks, _colours("red", "blue"), is_old=True)
+        target = {TABLE: torch.zeros(3, 3), COLOUR: torch.zeros(3, 3)}
+        said = _load(path, target, ids, ranks, _colours(*colours))
+        assert bool(target[COLOUR].any()) == taken
         assert target[TABLE].any()
         assert ("new 0; dropped 0" in said) == taken
         assert ("new 1 (backbone 1); dropped 1 (backbone 1)" in said) == (not taken)
+
+
+def test_new_items_start_from_their_content_where_that_is_taken_over(
+    tmp_path: Path, ranks: Ranks
+) -> None:
+    content = "model.backbone.content.features.layers.item_price.weight"
+    path = _save(tmp_path, {TABLE: _table(2), content: _table(3)}, pl.Series(["a", "b"]), ranks)
+    for held, start in (({content: torch.zeros(3, 3)}, 0), ({}, -1)):
+        target = {TABLE: torch.full((3, 3), -1.0), **held}
+        _load(path, target, pl.Series(["b", "x", "a"]), ranks)
+        assert target[TABLE][:, 0].tolist() == [2, start, 1]
 
 
 @pytest.mark.parametrize("backbone", ["transformer", "two_tower", "autoencoder"])

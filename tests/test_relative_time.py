@@ -25,7 +25,8 @@ from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.recommender import load_served
 from torchrec_pt.scoring import ModelScorer
-from torchrec_pt.tasks.pairs import PairTask, held_out_pairs
+from torchrec_pt.tasks.asked import held_out_pairs
+from torchrec_pt.tasks.pairs import PairTask
 
 MODEL = {"dim": 16, "num_layers": 1, "max_length": 8, "positions": "relative_time"}
 STEPS = {"epochs": 2, "batch_size": 10, "warmup_steps": 0, "learning_rate": 0.02}
@@ -146,7 +147,8 @@ def finished(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 @pytest.fixture(scope="module")
 def served(finished: RunConfig, ranks: Ranks) -> tuple[PreparedDataset, Backbone]:
-    return load_served(finished.run_dir, ranks)
+    dataset, learner = load_served(finished.run_dir, ranks)
+    return dataset, learner.backbone
 
 
 def test_evaluation_and_serving_read_the_times(

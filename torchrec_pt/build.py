@@ -11,7 +11,7 @@ from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
 from torchrec_pt.checkpoint import Checkpoint
-from torchrec_pt.config import ModelConfig, RunConfig, TrainConfig
+from torchrec_pt.config import ModelConfig, RunConfig, TrainConfig, transfer_of
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.entity_features import load_entity_features, no_features
 from torchrec_pt.distributed import Ranks
@@ -26,7 +26,7 @@ from torchrec_pt.placement import Placement, settle_placement
 from torchrec_pt.sharding import fill_item_table, shard
 from torchrec_pt.tasks.ctr import CtrTask
 from torchrec_pt.tasks.pairs import PairTask
-from torchrec_pt.tasks.ranking import RankingTask
+from torchrec_pt.tasks.ranking import RankingTask, build_ranking
 from torchrec_pt.tasks.rating import RatingTask
 
 
@@ -49,12 +49,12 @@ def build_task(config: RunConfig, name: str, dataset: PreparedDataset) -> Rankin
     finetune = config.finetune
     if name == "ctr":
         assert finetune.ctr is not None
-        return CtrTask(finetune.ctr, config.model, dataset)
+        return CtrTask(finetune.ctr, config.model, dataset, seed=config.seed)
     if name == "rating":
         assert finetune.rating is not None
-        return RatingTask(finetune.rating, config.model, dataset)
+        return RatingTask(finetune.rating, config.model, dataset, seed=config.seed)
     assert finetune.ranking is not None
-    return RankingTask(finetune.ranking, config.model, dataset.num_items, seed=config.seed)
+    return build_ranking(finetune.ranking, config.model, dataset, seed=config.seed)
 
 
 def build_backbone(model: ModelConfig, dataset: PreparedDataset) -> Backbone:
@@ -117,6 +117,9 @@ def _build_unfilled(
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.model, dataset)
     learner = Learner(backbone, objectives, placement, ranks)
+    frozen = transfer_of(train).frozen
+    if frozen is not None:
+        learner.freeze(frozen)
     model = shard(learner, placement, train, ranks)
     return Built(learner, model, placement)
 

@@ -71,7 +71,7 @@ def draw_candidates(
         One row a target, in their order, and how many users had fewer than `num` items left:
         these get all of them.
     """
-    taken = dataset.interactions.select(asked.users).to_sets()
+    taken = dataset.history("test").select(asked.users).to_sets()
     num_wanted = (dataset.num_items - taken.lengths).clamp(max=num)
     user_ids, num_targets = dataset.user_ids[asked.users], asked.targets.lengths
     drawn, places = [Jagged.from_lengths(user_ids[:0], user_ids[:0])], [user_ids[:0]]

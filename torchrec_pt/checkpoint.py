@@ -3,6 +3,8 @@
     <folder>/step-00000120/
         shard-*.safetensors   tensors, each rank its part, with the shards' offsets in the header
         items.parquet         external_id of every item; its row is that of the item's tensors
+        vocabulary.parquet    of, column, value and id of the categories of features; the id is the
+                              row of the feature's tensors
         state.json            format version, what made it, position, metrics
         complete.json         SHA-256 of every file; written last
 
@@ -38,6 +40,7 @@ FORMAT = "torchrec_pt checkpoint"
 BLOCK_BYTES = 32 << 20  # of a tensor that is read in blocks of rows
 VERSION = 2  # 1: without items.parquet and this number
 MARK, STATE, ITEMS = "complete.json", "state.json", "items.parquet"
+VOCABULARY = "vocabulary.parquet"  # none in those of before it
 
 
 class CheckpointError(ValueError):
@@ -79,12 +82,14 @@ class Checkpoint:
         state: what was saved beside the tensors.
         made_by: the versions and the number of ranks that wrote it.
         items: external ids, row = dense item id; Int64 or String.
+        vocabulary: `of`, `column`, `value`, `id` of the categories, or None in an old checkpoint.
     """
 
     path: Path
     state: Mapping[str, Any]
     made_by: str
     items: pl.Series
+    vocabulary: pl.DataFrame | None
     tensors: Mapping[str, Saved]
 
     @classmethod
@@ -102,9 +107,12 @@ class Checkpoint:
                     raise _damaged(path / name)
         with raised_together():
             document = _read_state(path)
-            items = _read_items(path)
+            items = _read_parquet(path / ITEMS, ["external_id"])["external_id"]
+            vocabulary = None
+            if VOCABULARY in hashes:
+                vocabulary = _read_parquet(path / VOCABULARY, ["of", "column", "value", "id"])
             tensors = _read_headers(path, frozenset(document["scalars"]))
-        return cls(path, document["state"], document["made_by"], items, tensors)
+        return cls(path, document["state"], document["made_by"], items, vocabulary, tensors)
 
     def is_of(self, items: pl.Series) -> bool:
         """Whether these are its items, in its order."""
@@ -130,28 +138,34 @@ class Checkpoint:
         self.check(tensors)
         self.read_into(tensors)
 
-    def check(self, tensors: Mapping[str, Tensor], per_item: Sequence[str] = ()) -> None:
-        """Whether each has its name, shape and dtype here; of `per_item`, the rows aside.
+    def check(
+        self, tensors: Mapping[str, Tensor], num_rows: Mapping[str, int] | None = None
+    ) -> None:
+        """Whether each has its name, shape and dtype here.
 
+        Args:
+            num_rows: of tensors whose rows are matched: how many there should be here, whatever
+                number the tensor has.
         Raises:
             CheckpointError: one that has not.
         """
+        num_rows = num_rows or {}
         for name, tensor in tensors.items():
             if name not in self.tensors:
                 raise CheckpointError(
                     f'{self.path}: holds no tensor "{name}"; it is of another model'
                 )
             saved, wanted = self.tensors[name], tuple(tensor.size())
-            first = 1 if name in per_item else 0
+            first = 1 if name in num_rows else 0
             if len(saved.shape) != len(wanted) or saved.shape[first:] != wanted[first:]:
                 raise CheckpointError(
                     f'{self.path}: "{name}" is {saved.shape}, the model wants {wanted}; '
                     "use the configuration it was trained with"
                 )
-            if first and saved.shape[0] != len(self.items):
+            if first and saved.shape[0] != num_rows[name]:
                 raise CheckpointError(
-                    f'{self.path}: "{name}" is {saved.shape}, the catalogue has '
-                    f"{len(self.items):,} items; use another checkpoint"
+                    f'{self.path}: "{name}" is {saved.shape}, its items or values are '
+                    f"{num_rows[name]:,}; use another checkpoint"
                 )
             if saved.dtype != tensor.dtype:
                 raise CheckpointError(
@@ -259,11 +273,11 @@ def _read_state(path: Path) -> dict[str, Any]:
     return document
 
 
-def _read_items(path: Path) -> pl.Series:
+def _read_parquet(file: Path, columns: list[str]) -> pl.DataFrame:
     try:
-        return pl.read_parquet(path / ITEMS, glob=False, columns=["external_id"])["external_id"]
+        return pl.read_parquet(file, glob=False, columns=columns)
     except (pl.exceptions.PolarsError, OSError):
-        raise _damaged(path / ITEMS) from None
+        raise _damaged(file) from None
 
 
 def _read_headers(path: Path, scalars: frozenset[str]) -> dict[str, Saved]:

@@ -31,7 +31,8 @@ from torchrec_pt.scoring import (
     own_items,
     row_blocks,
 )
-from torchrec_pt.tasks.pairs import Asked, PairTask
+from torchrec_pt.tasks.asked import Asked
+from torchrec_pt.tasks.pairs import PairTask
 
 MOST_KEPT_BLOCKS = 128  # of scores, from the search for the targets to the count
 TARGETS_AT_A_TIME = 4096

@@ -37,10 +37,10 @@ from torchrec_pt.metrics import (
     sampled_ranking_metrics,
 )
 from torchrec_pt.runs import finished_stages
-from torchrec_pt.scoring import ModelScorer, Scorer
+from torchrec_pt.scoring import ModelScorer, Scorer, head_of
 from torchrec_pt.stages import Stage
 from torchrec_pt.tasks.ctr import CtrTask
-from torchrec_pt.tasks.pairs import PairTask, held_out_pairs
+from torchrec_pt.tasks.pairs import PairTask
 from torchrec_pt.validation import gather_judged
 
 # Makes the table with one row a user (ranking) or a test interaction (ctr, rating), which is for
@@ -155,8 +155,9 @@ def _scorers(stage: Stage, dataset: PreparedDataset) -> Iterator[tuple[str, Scor
     finished = finished_stages(config, dataset)
     for name, folder in {"pretrained": "pretrain", **_arms("ranking")}.items():
         if folder in finished:
-            learner = load_learner(config, finished[folder].checkpoint, dataset, ranks)
-            yield name, ModelScorer(learner.backbone, history, ranks)
+            objectives = [] if folder == "pretrain" else [build_task(config, "ranking", dataset)]
+            learner = load_learner(config, finished[folder].checkpoint, dataset, ranks, objectives)
+            yield name, ModelScorer(learner.backbone, history, ranks, head_of(learner))
 
 
 def evaluate_pairs(
@@ -169,10 +170,10 @@ def evaluate_pairs(
     """
     _require(dataset.manifest)
     config, ranks = stage.config, stage.ranks
-    asked = held_out_pairs(dataset, "test")
-    parts = dataset.part_of_user[asked.users]
     task = build_task(config, name, dataset)
     assert isinstance(task, PairTask)
+    asked = task.held_out("test")
+    parts = dataset.part_of_user[asked.users]
     predictions: dict[str, Tensor] = {}
     if "biases" in config.evaluate.baselines:
         predictions["biases"] = task.predict_by_biases(asked)
@@ -230,5 +231,5 @@ def _summary(estimates: dict[str, dict[str, Estimate]], protocol: str = "") -> T
 
 
 def _require(manifest: Manifest) -> None:
-    if not manifest.num_test:
-        raise ValueError("data.split: no user has a test interaction; change the split")
+    if not manifest.num_taken_test:
+        raise ValueError("data.split: no user took an item in test; change the split")

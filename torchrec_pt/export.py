@@ -16,9 +16,10 @@ from torch import Tensor
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import Ranks, gather_each, gather_rows, joined_ranks, raised_together
 from torchrec_pt.files import whole_file
+from torchrec_pt.learner import Learner
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.recommender import load_served
-from torchrec_pt.scoring import encode_histories, encode_item_range, own_items
+from torchrec_pt.scoring import encode_histories, encode_item_range, head_of, own_items
 
 BLOCK_ROWS = 8192
 
@@ -34,8 +35,9 @@ def export_embeddings(
 
     parquet: one file with the columns `id` (external) and `embedding` (list of dim float32).
     npy: (N, dim) float32 in <what>.npy, and beside it <what>_ids.npy, (N,) int64 or unicode (all
-    as wide as the longest id), row for row. Users' vectors are those after their whole history.
-    Files appear whole or not at all.
+    as wide as the longest id), row for row. Users' vectors are those after their whole history,
+    with the map of a linear head in them. Files appear whole or not at all.
+    Inner products of the vectors rank as the model does, but for one with an mlp head.
 
     Args:
         out: a folder; default <run_dir>/export.
@@ -47,11 +49,12 @@ def export_embeddings(
     folder = Path(out) if out is not None else Path(run_dir) / "export"
     path = folder / f"{what}.{format}"
     with joined_ranks() as ranks:
-        dataset, backbone = load_served(Path(run_dir), ranks)
+        dataset, learner = load_served(Path(run_dir), ranks)
+        backbone = learner.backbone
         if what == "items":
             ids, blocks = dataset.items["external_id"], _item_vectors(backbone, ranks)
         else:
-            ids, blocks = dataset.external_user_ids(), _user_vectors(backbone, dataset, ranks)
+            ids, blocks = dataset.external_user_ids(), _user_vectors(learner, dataset, ranks)
         write = _write_parquet if format == "parquet" else _write_npy
         with raised_together():
             try:
@@ -71,11 +74,13 @@ def _item_vectors(backbone: Backbone, ranks: Ranks) -> Iterator[Tensor]:
         yield gather_rows(encode_item_range(backbone, begin + mine.start, begin + mine.stop))
 
 
-def _user_vectors(backbone: Backbone, dataset: PreparedDataset, ranks: Ranks) -> Iterator[Tensor]:
+@torch.no_grad()
+def _user_vectors(learner: Learner, dataset: PreparedDataset, ranks: Ranks) -> Iterator[Tensor]:
     """Blocks of user vectors in the order of dense ids, each from the user's whole history.
 
     A block is one part of the dataset; the ranks make theirs of consecutive parts together.
     """
+    head = head_of(learner)
     history = dataset.history("test")
     users = torch.arange(dataset.num_users)
     parts = dataset.manifest.parts
@@ -86,7 +91,8 @@ def _user_vectors(backbone: Backbone, dataset: PreparedDataset, ranks: Ranks) ->
         for begin in range(0, max(part.num_users for part in together), BLOCK_ROWS):
             some = mine[begin : begin + BLOCK_ROWS]
             rows = history.select(some).to(ranks.device)
-            vectors.append(encode_histories(backbone, some.to(ranks.device), rows))
+            found = encode_histories(learner.backbone, some.to(ranks.device), rows)
+            vectors.append(head.user_vectors(found))
         yield from gather_each(torch.cat(vectors))[: len(together)]
 
 

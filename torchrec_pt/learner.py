@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
 
-from torchrec_pt.data.batch import Batch, Rows, assemble
+from torchrec_pt.data.batch import ITEM, Batch, Rows, assemble
 from torchrec_pt.distributed import Ranks, sum_over_ranks
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
@@ -63,9 +63,39 @@ class Learner(nn.Module):
         scales = torch.tensor([float(o.scale) for o in self._objectives()])
         self.register_buffer("_scales", scales, persistent=False)  # on the device from the start
         self._needs_catalogue = any(o.needs_catalogue for o in self._objectives())
-        self._looks_up_catalogue = self._needs_catalogue and placement.fused is not None
+        self._is_sharded = placement.fused is not None
+        self._looks_up_catalogue = self._needs_catalogue and self._is_sharded
         self._catalogue_range = ranks.part_of(backbone.items.num_items)
         self._untraced_loss = _Untraced(self._loss)
+
+    def freeze(self, what: Literal["item_table", "backbone"]) -> None:
+        """From now on it has no gradients; before the learner is sharded, so that DDP knows.
+
+        Raises:
+            ValueError: nothing is left to train.
+        """
+        backbone = self.backbone
+        if what == "backbone" and not any(True for _ in self.objectives.parameters()):
+            task = next(iter(self.names))
+            raise ValueError(
+                f"finetune.{task}.transfer: freezes the backbone, and the task has nothing else "
+                'to train; set freeze to "item_table", or leave it out'
+            )
+        frozen = backbone.items if what == "item_table" else backbone
+        for name, parameter in frozen.named_parameters():
+            # Of a sharded table TorchRec wants a parameter that trains.
+            if not (self._is_sharded and name.endswith(f"embeddings.{ITEM}.weight")):
+                parameter.requires_grad_(False)
+        backbone.items.is_frozen = True
+        backbone.is_frozen = what == "backbone"
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Learner:
+        """A frozen backbone stays in evaluation mode: without dropout, in float32."""
+        super().train(mode)
+        if self.backbone.is_frozen:
+            self.backbone.eval()
+        return self
 
     @property
     def names(self) -> list[str]:
@@ -87,6 +117,8 @@ class Learner(nn.Module):
     def _loss(self, batch: Batch, looked_up: Tensor) -> StepLoss:
         ids = batch.ids.values()
         noise = RowNoise(batch.seed, batch.step, ids)
+        if self.backbone.items.is_frozen:
+            looked_up = looked_up.detach()
         vectors, catalogue_rows = batch.spread(self.backbone.represent(ids, looked_up, noise))
         catalogue = self._catalogue(catalogue_rows, batch) if self._needs_catalogue else None
         terms: list[LossTerm] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_pt.config import TrainConfig
+from torchrec_pt.layer_rates import LayerRate
+from torchrec_pt.models.item_table import ItemTable
 from torchrec_pt.placement import Placement
 from torchrec_pt.sharding import EPS, is_item_table
 
@@ -22,6 +25,13 @@ class Optimizers:
     Where the table has an optimizer of its own it takes the same steps in every placement, fused
     or dense, with the same `eps`, the same state and no weight decay. Clipping is by the norm of
     all gradients, a replicated table's among them. The state exists, all zeros, from the start.
+
+    Args:
+        layers: by name of the parameter, where not all train at one rate from the first step on.
+
+    Attributes:
+        layers: of every parameter.
+        rates: learning rate of every parameter before the schedule; of one that is frozen, 0.
     """
 
     def __init__(
@@ -30,6 +40,7 @@ class Optimizers:
         config: TrainConfig,
         placement: Placement,
         num_steps: int,
+        layers: Mapping[str, LayerRate] | None = None,
     ) -> None:
         if placement.fused is not None:
             _refuse_what_fused_tables_lack(config)
@@ -40,24 +51,33 @@ class Optimizers:
         self.parameters = {n: p for n, p in parameters.items() if p.requires_grad}
         table = {n: p for n, p in self.parameters.items() if is_item_table(n)}
         table_rate = placement.learning_rate or config.learning_rate
+        self.layers = {n: LayerRate() for n, _ in model.named_parameters()} | dict(layers or {})
+        self.rates = {
+            name: layer.share * (table_rate if is_item_table(name) else config.learning_rate)
+            for name, layer in self.layers.items()
+        }
+        self._step = 0
+        self._items = next(m for m in model.modules() if isinstance(m, ItemTable))
         has_own = placement.optimizer != "adamw"
         others = {n: p for n, p in self.parameters.items() if not (has_own and n in table)}
-        groups = _adamw_groups(others, config.weight_decay, table_rate)
+        groups = _adamw_groups(others, config.weight_decay, self.rates)
         self.adamw = KeyedOptimizerWrapper(
             others, lambda _: torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         )
         self.dense = [self.adamw]
         if has_own and table:
-            self.dense.append(_dense_table_optimizer(table, placement.optimizer, table_rate))
-        self._base_rates = [
-            (group, group["lr"])
-            for optimizer in (*self.dense, self.fused)
-            for group in optimizer.param_groups
-        ]
+            (rate,) = {self.rates[name] for name in table}
+            self.dense.append(_dense_table_optimizer(table, placement.optimizer, rate))
+        self._base_rates = [(g, g["lr"]) for o in self.dense for g in o.param_groups]
+        share = self._layer_of_table.share
+        self._base_rates += [(g, g["lr"] * share) for g in self.fused.param_groups]
         self._init_state()
 
     def step(self) -> None:
         """Clip and apply the dense gradients; fused tables were updated in backward."""
+        for name, parameter in self.parameters.items():
+            if not self.layers[name].trains_at(self._step):
+                parameter.grad = None  # which leaves the parameter and its states as they are
         if self.config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm)
         for optimizer in self.dense:
@@ -68,12 +88,19 @@ class Optimizers:
             optimizer.zero_grad()
 
     def prepare(self, step: int) -> None:
-        """Set step's learning rate and clear the gradients; call it before forward."""
+        """Set step's learning rates and clear the gradients; call it before forward."""
+        self._step = step
+        if self._items.is_sharded:
+            self._items.is_frozen = not self._layer_of_table.trains_at(step)
         factor = schedule_factor(self.config, step, self.num_steps)
         for group, rate in self._base_rates:
             group["lr"] = rate * factor
         self.zero_grad()
         self.fused.step()  # hands the learning rate to the kernels; the rows are not touched
+
+    @property
+    def _layer_of_table(self) -> LayerRate:
+        return next(layer for name, layer in self.layers.items() if is_item_table(name))
 
     def _init_state(self) -> None:
         """AdamW makes its state lazily; a checkpoint of step 0 would hold none."""
@@ -162,17 +189,15 @@ def _own_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _adamw_groups(
-    parameters: dict[str, Tensor], weight_decay: float, table_rate: float
+    parameters: dict[str, Tensor], weight_decay: float, rates: Mapping[str, float]
 ) -> list[dict[str, object]]:
-    """Biases, norms and single vectors are not decayed; the item table may have its own rate."""
-
-    def is_matrix(p: Tensor) -> bool:
-        return p.dim() > 1 and p.shape[1] > 1  # a table of width 1 holds biases
-
-    table = [p for n, p in parameters.items() if is_item_table(n)]
-    others = [p for n, p in parameters.items() if not is_item_table(n)]
+    """Biases, norms and single vectors are not decayed; every rate makes a group of its own."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, p in parameters.items():
+        is_matrix = p.dim() > 1 and p.shape[1] > 1  # a table of width 1 holds biases
+        is_decayed = is_matrix or is_item_table(name)
+        groups.setdefault((weight_decay if is_decayed else 0.0, rates[name]), []).append(p)
     return [
-        {"params": [p for p in others if is_matrix(p)], "weight_decay": weight_decay},
-        {"params": [p for p in others if not is_matrix(p)], "weight_decay": 0.0},
-        {"params": table, "weight_decay": weight_decay, "lr": table_rate},
+        {"params": group, "weight_decay": decay, "lr": rate}
+        for (decay, rate), group in groups.items()
     ]

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from torchrec_pt.build import build_task
 from torchrec_pt.candidates import read_candidates
-from torchrec_pt.config import EvaluateConfig, RunConfig, ShowConfig
+from torchrec_pt.config import EvaluateConfig, RunConfig, ShowConfig, TaskConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.manifest import notices, require_rows
@@ -28,7 +28,13 @@ from torchrec_pt.export import export_embeddings
 from torchrec_pt.files import whole_file, write_json
 from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.recommender import Recommendation, Recommender, find_user
-from torchrec_pt.runs import StageResult, finished_stages
+from torchrec_pt.runs import (
+    TAKEN_OVER,
+    StageResult,
+    finished_stages,
+    is_of_ranking,
+    served_stage,
+)
 from torchrec_pt.stages import Stage, entered, train_stage
 
 
@@ -44,7 +50,7 @@ def prepare(config: RunConfig, console: Console | None = None) -> PreparedDatase
                 prepare_dataset(config.data, config.prepared_dir, config.seed)
         with raised_together():
             dataset = PreparedDataset.load(config.prepared_dir, stage.ranks)
-        if config.pretrain is not None:
+        if config.pretrain is not None or config.finetune.start_from is not None:
             require_rows(dataset.manifest, "validation")
         stage.say(
             f"prepare: {dataset.manifest.num_users:,} users, {dataset.num_items:,} items, "
@@ -110,6 +116,8 @@ def finetune(
         )
     with entered(config, console) as stage:
         dataset = _load_prepared(stage)
+        if config.finetune.start_from is not None:
+            _take_over(stage, dataset)
         pretrained = finished_stages(config, dataset).get("pretrain")
         if pretrained is None:
             raise ValueError(
@@ -118,22 +126,39 @@ def finetune(
             )
         results: dict[str, dict[str, StageResult]] = {}
         for task, train in config.finetune.tasks.items():
-            arms: dict[str, StageResult | None] = {"pretrained": pretrained}
+            arms: dict[str, tuple[TaskConfig, StageResult | None]] = {
+                "pretrained": (train, pretrained)
+            }
             if train.control == "scratch":
-                arms["scratch"] = None
+                arms["scratch"] = (train.as_control, None)
+                if train.as_control != train:
+                    stage.say(f"{task} (scratch): without {task}.transfer, all of it at one rate")
             results[task] = {
                 arm: train_stage(
                     stage,
                     dataset,
                     name=f"{task} ({arm})",
                     folder=f"finetune/{task}/{arm}",
-                    train=train,
+                    train=settings,
                     objectives=[build_task(config, task, dataset)],
                     start_from=start,
                 )
-                for arm, start in arms.items()
+                for arm, (settings, start) in arms.items()
             }
         return results
+
+
+def _take_over(stage: Stage, dataset: PreparedDataset) -> StageResult:
+    """The model of `finetune.start_from` over this catalogue, judged as one pretrained here is."""
+    return train_stage(
+        stage,
+        dataset,
+        name="start_from",
+        folder="pretrain",
+        train=TAKEN_OVER,
+        objectives=[],
+        start_from=None,
+    )
 
 
 # Task, or "sampled_ranking" -> what its models reached on the test split
@@ -176,6 +201,14 @@ def export_run(config: RunConfig, console: Console | None = None) -> list[Path]:
                 path = export_embeddings(config.run_dir, what, format=format)
                 paths.append(path)
                 stage.say(f"export: {what} in {path}")
+        ranking = config.finetune.ranking
+        if ranking is not None and ranking.head == "mlp":
+            served = served_stage(config, _load_prepared(stage))
+            if is_of_ranking(served):
+                stage.say(
+                    "export: the served model ranks by its mlp head, so inner products of these "
+                    "vectors alone do not reproduce its ranking; ask Recommender for that"
+                )
         return paths
 
 
@@ -218,8 +251,9 @@ def run(config: RunConfig, console: Console | None = None) -> RunResult:
         require_rows(dataset.manifest, "test")
         _check_show(config.show, dataset)
         _check_candidates(config.evaluate, dataset)
-        pretrain(config, console)
-        if config.finetune.tasks:
+        if config.finetune.start_from is None:
+            pretrain(config, console)
+        if config.finetune.tasks or config.finetune.start_from is not None:
             finetune(config, console)
         evaluation = evaluate(config, console)
         exported = export_run(config, console)

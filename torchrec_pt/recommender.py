@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchrec_pt.build import load_learner
+from torchrec_pt.build import build_task, load_learner
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import (
@@ -19,9 +19,9 @@ from torchrec_pt.distributed import (
     join_ranks,
     raised_together,
 )
-from torchrec_pt.models.backbone import Backbone
-from torchrec_pt.runs import load_run_config, served_stage
-from torchrec_pt.scoring import ModelScorer, encode_histories, gather_blocks, top_items
+from torchrec_pt.learner import Learner
+from torchrec_pt.runs import is_of_ranking, load_run_config, served_stage
+from torchrec_pt.scoring import ModelScorer, gather_blocks, head_of, top_items
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,16 @@ class Recommendation:
 
 
 class Recommender:
-    """Answers from one backbone and the dataset it was trained on.
+    """Answers from one model and the dataset it was trained on.
 
     Under several ranks all of them ask the same questions and get the same answers.
     """
 
-    def __init__(self, backbone: Backbone, dataset: PreparedDataset, ranks: Ranks) -> None:
-        self.backbone = backbone
+    def __init__(self, learner: Learner, dataset: PreparedDataset, ranks: Ranks) -> None:
         self.dataset = dataset
         self.ranks = ranks
         self._history = dataset.history("test")
-        self._scorer = ModelScorer(backbone, self._history, ranks)
+        self._scorer = ModelScorer(learner.backbone, self._history, ranks, head_of(learner))
 
     @property
     def first_user(self) -> str | int:
@@ -60,8 +59,8 @@ class Recommender:
             ValueError: no finished run there.
         """
         ranks = join_ranks()
-        dataset, backbone = load_served(Path(run_dir), ranks)
-        return cls(backbone, dataset, ranks)
+        dataset, learner = load_served(Path(run_dir), ranks)
+        return cls(learner, dataset, ranks)
 
     def recommend(
         self,
@@ -90,7 +89,7 @@ class Recommender:
             ids = [self.dataset.item_index(item) for item in history or ()]
             seen = Jagged(torch.tensor(ids, dtype=torch.int64), torch.tensor([0, len(ids)]))
             nobody = torch.tensor([-1], device=device)
-            query = encode_histories(self.backbone, nobody, seen.to(device))
+            query = self._scorer.queries_after(nobody, seen.to(device))
         ids_, scores = top_items(
             self._scorer,
             query,
@@ -124,8 +123,8 @@ def find_user(dataset: PreparedDataset, external_id: str | int) -> int | None:
         return dataset.user_index(external_id) if dataset.num_users else None
 
 
-def load_served(run_dir: Path, ranks: Ranks) -> tuple[PreparedDataset, Backbone]:
-    """The data and the served model of a finished run; all ranks call it.
+def load_served(run_dir: Path, ranks: Ranks) -> tuple[PreparedDataset, Learner]:
+    """The data and the served model of a finished run, with its head; all ranks call it.
 
     Raises:
         ValueError: no finished run there.
@@ -133,5 +132,6 @@ def load_served(run_dir: Path, ranks: Ranks) -> tuple[PreparedDataset, Backbone]
     config = load_run_config(run_dir)
     with raised_together():
         dataset = PreparedDataset.load(config.prepared_dir, ranks)
-    learner = load_learner(config, served_stage(config, dataset).checkpoint, dataset, ranks)
-    return dataset, learner.backbone
+    stage = served_stage(config, dataset)
+    objectives = [build_task(config, "ranking", dataset)] if is_of_ranking(stage) else []
+    return dataset, load_learner(config, stage.checkpoint, dataset, ranks, objectives)

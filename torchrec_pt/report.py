@@ -86,6 +86,7 @@ def write_report(run_dir: Path) -> Path:
         best={task: _best_values(found["metrics"]) for task, found in evaluated.items()},
         reliability={task: _draw_reliability(task, found) for task, found in evaluated.items()},
         curves={name: _draw_curves(name, arms) for name, arms in stages.items()},
+        moved={name: _moved_parts(arms) for name, arms in stages.items()},
     )
     path = run_dir / "report.html"
     with whole_file(path) as partial:
@@ -117,6 +118,12 @@ def _load_stages(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Arms]:
             folder = run_dir / "finetune" / task
             stages[task] = {arm: load_result(folder / arm) for arm in ("pretrained", "scratch")}
     return stages
+
+
+def _moved_parts(arms: Arms) -> list[dict[str, Any]]:
+    """What each part of a fine-tuned model took over, as `transfer_table` left it."""
+    result = arms.get("pretrained")
+    return [] if result is None else list(result.values.get("transfer", {}).get("parts", []))
 
 
 @dataclass(frozen=True)

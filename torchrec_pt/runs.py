@@ -2,7 +2,8 @@
 
 <run_dir>/prepared/            the prepared dataset
 <run_dir>/config.json          the resolved configuration
-<run_dir>/pretrain/            checkpoints/, tensorboard/, plan.json, result.json
+<run_dir>/pretrain/            checkpoints/, tensorboard/, plan.json, result.json; the model of
+                               finetune.start_from where that takes the place of pretraining
 <run_dir>/finetune/<task>/     pretrained/ and scratch/, each like pretrain/
 <run_dir>/evaluate/            result.json; ranking.parquet and sampled_ranking.parquet (metrics of
                                each user), ctr.parquet and rating.parquet (each test interaction
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrec_pt import checkpoint
-from torchrec_pt.config import PretrainConfig, RunConfig, TrainConfig
+from torchrec_pt.config import RunConfig, TaskConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.files import sha256, write_json
 from torchrec_pt.placement import settle_optimizer
@@ -69,15 +70,22 @@ def load_result(folder: Path) -> StageResult | None:
     return StageResult(folder, values.pop("fingerprint"), values)
 
 
+# `finetune.start_from`: the other run's model becomes this run's pretrained one without a step.
+TAKEN_OVER = TrainConfig(epochs=0)
+
+
 def finished_stages(config: RunConfig, dataset: PreparedDataset) -> dict[str, StageResult]:
     """Folder -> result of every training stage that this configuration and data have done."""
     expected: dict[str, str] = {}
     if config.pretrain is not None:
         expected["pretrain"] = stage_fingerprint(config, dataset, config.pretrain, None)
+    elif config.finetune.start_from is not None:
+        expected["pretrain"] = stage_fingerprint(config, dataset, TAKEN_OVER, None)
     for task, train in config.finetune.tasks.items():
         start = expected.get("pretrain")
+        control = stage_fingerprint(config, dataset, train.as_control, None)
         expected[f"finetune/{task}/pretrained"] = stage_fingerprint(config, dataset, train, start)
-        expected[f"finetune/{task}/scratch"] = stage_fingerprint(config, dataset, train, None)
+        expected[f"finetune/{task}/scratch"] = control
     results = {folder: load_result(config.run_dir / folder) for folder in expected}
     return {
         folder: result
@@ -95,9 +103,9 @@ def stage_fingerprint(
     under another plan and on another number of ranks.
 
     Raises:
-        ValueError: continue_from names no checkpoint.
+        ValueError: the setting that names another run's model names no checkpoint.
     """
-    if isinstance(train, PretrainConfig):
+    if not isinstance(train, TaskConfig):
         start = origin_digest(config)
     table = config.model.item_table
     parts = (
@@ -113,17 +121,17 @@ def stage_fingerprint(
 
 
 def origin_digest(config: RunConfig) -> str | None:
-    """Names the content of the checkpoint that pretraining continues from, if it does.
+    """Names the content of the checkpoint of another run that the pretrained model starts from.
 
-    Once pretraining is finished that checkpoint may go: result.json knows its digest.
+    None where it starts from none. Once the stage is finished that checkpoint may go: result.json
+    knows its digest.
 
     Raises:
-        ValueError: continue_from names no checkpoint.
+        ValueError: no checkpoint there.
     """
-    if config.pretrain is None or config.pretrain.continue_from is None:
-        return None
     try:
-        return sha256(origin(config.pretrain.continue_from) / checkpoint.MARK)
+        path = origin(config)
+        return None if path is None else sha256(path / checkpoint.MARK)
     except ValueError:
         finished = load_result(config.run_dir / "pretrain")
         if finished is None or "origin" not in finished.values:
@@ -131,13 +139,29 @@ def origin_digest(config: RunConfig) -> str | None:
         return str(finished.values["origin"])
 
 
-def origin(path: Path) -> Path:
-    """The checkpoint that continue_from names: itself, of a stage the best or else the newest, or
-    the newest of a folder of checkpoints.
+def origin(config: RunConfig) -> Path | None:
+    """That checkpoint, which pretrain.continue_from or finetune.start_from names.
 
     Raises:
         ValueError: none there.
     """
+    if config.pretrain is not None:
+        path, key = config.pretrain.continue_from, "pretrain.continue_from"
+    else:
+        path, key = config.finetune.start_from, "finetune.start_from"
+    if path is None:
+        return None
+    found = find_checkpoint(path)
+    if found is None:
+        raise ValueError(
+            f"{key}: {path} holds no checkpoint; give the folder of a training stage "
+            "(<run_dir>/pretrain), or of one of its checkpoints"
+        )
+    return found
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """Itself, of a stage the best or else the newest, or the newest of a folder of checkpoints."""
     candidates = [path]
     if (path / "checkpoints").is_dir():
         result = load_result(path)
@@ -145,13 +169,7 @@ def origin(path: Path) -> Path:
             candidates.append(result.checkpoint)
         candidates += reversed(checkpoint.saved(path / "checkpoints"))
     candidates += reversed(checkpoint.saved(path))
-    for candidate in candidates:
-        if (candidate / checkpoint.MARK).is_file():
-            return candidate
-    raise ValueError(
-        f"pretrain.continue_from: {path} holds no checkpoint; give the folder of a training stage "
-        "(<run_dir>/pretrain), or of one of its checkpoints"
-    )
+    return next((one for one in candidates if (one / checkpoint.MARK).is_file()), None)
 
 
 def load_run_config(run_dir: Path) -> RunConfig:
@@ -167,6 +185,11 @@ def load_run_config(run_dir: Path) -> RunConfig:
             f"{run_dir}: holds no run; give the run_dir of a finished torchrec-pt run"
         ) from None
     return config.model_copy(update={"run_dir": run_dir})
+
+
+def is_of_ranking(served: StageResult) -> bool:
+    """Whether a served stage is the fine-tuned one, whose model has the ranking task's head."""
+    return served.folder.name != "pretrain"
 
 
 def served_stage(config: RunConfig, dataset: PreparedDataset) -> StageResult:

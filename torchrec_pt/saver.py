@@ -26,7 +26,16 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 import torchrec_pt
 from torchrec_pt import checkpoint
-from torchrec_pt.checkpoint import FORMAT, ITEMS, MARK, STATE, VERSION, CheckpointError, parts_of
+from torchrec_pt.checkpoint import (
+    FORMAT,
+    ITEMS,
+    MARK,
+    STATE,
+    VERSION,
+    VOCABULARY,
+    CheckpointError,
+    parts_of,
+)
 from torchrec_pt.distributed import Ranks, gather_objects, raised_together
 from torchrec_pt.files import cannot_write, fsync, sha256
 from torchrec_pt.safetensors_file import Entry, write_safetensors
@@ -54,19 +63,29 @@ class Saver:
 
     Args:
         items: external ids, row = dense item id.
+        vocabulary: of the categories of features, as `Checkpoint` holds it; None for none.
         keep_last: so many newest checkpoints stay, and the best one.
         in_background: `save` returns once the tensors are copied to memory of the CPU.
     """
 
     def __init__(
-        self, folder: Path, items: pl.Series, ranks: Ranks, *, keep_last: int, in_background: bool
+        self,
+        folder: Path,
+        items: pl.Series,
+        ranks: Ranks,
+        *,
+        keep_last: int,
+        in_background: bool,
+        vocabulary: pl.DataFrame | None = None,
     ) -> None:
         self.folder = folder
         self.ranks = ranks
         self.keep_last = keep_last
         self.in_background = in_background
-        self._items = items
-        self._items_hash = ""
+        self._tables = {ITEMS: pl.DataFrame({"external_id": items})}
+        if vocabulary is not None:
+            self._tables[VOCABULARY] = vocabulary
+        self._table_hashes: dict[str, str] = {}
         self._newest: Path | None = None  # of those that this object wrote
         self._group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
@@ -214,23 +233,24 @@ class Saver:
 
     def _complete(self, partial: Path, text: str, hashes: dict[str, str]) -> None:
         (partial / STATE).write_text(text)
-        self._put_items(partial / ITEMS)
-        hashes = {**hashes, STATE: sha256(partial / STATE), ITEMS: self._items_hash}
+        for name in self._tables:
+            self._put_table(partial / name)
+        hashes = {**hashes, STATE: sha256(partial / STATE), **self._table_hashes}
         (partial / MARK).write_text(json.dumps(hashes, indent=1, sort_keys=True))
-        for name in (STATE, ITEMS, MARK):
+        for name in (STATE, *self._tables, MARK):
             fsync(partial / name)
         fsync(partial)
 
-    def _put_items(self, path: Path) -> None:
+    def _put_table(self, path: Path) -> None:
         """Written once; later checkpoints share the file where the disk can do that."""
         if self._newest is None:
-            pl.DataFrame({"external_id": self._items}).write_parquet(path, use_pyarrow=True)
-            self._items_hash = sha256(path)
+            self._tables[path.name].write_parquet(path, use_pyarrow=True)
+            self._table_hashes[path.name] = sha256(path)
             return
         try:
-            os.link(self._newest / ITEMS, path)
+            os.link(self._newest / path.name, path)
         except OSError:
-            shutil.copyfile(self._newest / ITEMS, path)
+            shutil.copyfile(self._newest / path.name, path)
 
 
 def _scalars(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -17,7 +17,10 @@ from torch import Tensor
 from torchrec_pt.data.batch import Draw, Embedded, lookup_ids
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, gather_each, gather_integers
+from torchrec_pt.learner import Learner
 from torchrec_pt.models.backbone import Backbone
+from torchrec_pt.models.ranking_head import InnerHead
+from torchrec_pt.tasks.ranking import RankingTask
 
 ITEM_BLOCK = 512
 BLOCKS_PER_LOOKUP = 128
@@ -36,25 +39,42 @@ class Scorer(Protocol[Query]):
 
 
 class ModelScorer:
-    """Inner products of users' and items' vectors.
+    """Inner products of users' and items' vectors, or what a head makes of the vectors.
 
     Args:
         history: what each user of this rank took before.
     """
 
-    def __init__(self, backbone: Backbone, history: Jagged, ranks: Ranks) -> None:
+    def __init__(
+        self, backbone: Backbone, history: Jagged, ranks: Ranks, head: InnerHead | None = None
+    ) -> None:
         self.backbone = backbone
         self.history = history
+        self.head = head or InnerHead()
         self.device = ranks.device
         self._first = own_items(backbone.items.num_items, ranks).start
-        self._keys = encode_own_items(backbone, ranks)
+        self._vectors = encode_own_items(backbone, ranks)
 
     def queries(self, users: Tensor) -> Tensor:
         history = self.history.select(users).to(self.device)
-        return encode_histories(self.backbone, users.to(self.device), history)
+        return self.queries_after(users.to(self.device), history)
 
+    @torch.no_grad()
+    def queries_after(self, users: Tensor, history: Jagged) -> Tensor:
+        """(R, Q) of users (R,), −1 for somebody unknown, after R rows of item ids."""
+        return self.head.of_users(users, encode_histories(self.backbone, users, history))
+
+    @torch.no_grad()
     def scores(self, queries: Tensor, items: range) -> Tensor:
-        return queries @ self._keys[items.start - self._first : items.stop - self._first].T
+        ids = torch.arange(items.start, items.stop, device=self.device)
+        keys = self.head.of_items(ids, self._vectors[ids - self._first])
+        return self.head.of_block(queries, keys)
+
+
+def head_of(learner: Learner) -> InnerHead:
+    """What scores pairs of users and items: the ranking task's, or else the inner product."""
+    heads = [task.head for task in learner.objectives.values() if isinstance(task, RankingTask)]
+    return heads[0] if heads else InnerHead()
 
 
 # --- blocks -------------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from torchrec_pt.build import build_learner
-from torchrec_pt.config import PretrainConfig, RunConfig, TrainConfig
+from torchrec_pt.build import Built, build_learner
+from torchrec_pt.config import PretrainConfig, RunConfig, TaskConfig, TrainConfig, transfer_of
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, joined_ranks, raised_together
 from torchrec_pt.files import write_json
+from torchrec_pt.layer_rates import layer_rates
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.plan import is_worth_showing, render_plan, table_plans, write_plan
 from torchrec_pt.runs import (
@@ -26,8 +27,15 @@ from torchrec_pt.runs import (
     origin_digest,
     stage_fingerprint,
 )
+from torchrec_pt.tasks.pairs import PairTask
 from torchrec_pt.train import Trainer
-from torchrec_pt.transfer import Numbering, continue_training, load_pretrained
+from torchrec_pt.transfer import (
+    Numbering,
+    TransferReport,
+    continue_training,
+    load_pretrained,
+)
+from torchrec_pt.transfer_table import moved_parts, render_moved
 from torchrec_pt.validation import monitor_of, validation
 
 
@@ -68,13 +76,13 @@ def train_stage(
     objectives: Sequence[nn.Module],
     start_from: StageResult | None,
 ) -> StageResult:
-    """Train from the initial values, from those of an earlier stage, or from `continue_from`.
+    """Train from the initial values, an earlier stage's, or those of another run (`origin`).
 
     Args:
         folder: inside the run's.
     Raises:
         TrainingError: the loss became NaN or infinite.
-        ValueError: nothing to validate on, or nothing in common with the earlier stage.
+        ValueError: nothing to validate on, or nothing in common with where it starts.
     """
     config, ranks = stage.config, stage.ranks
     start = start_from.fingerprint if start_from is not None else None
@@ -90,31 +98,26 @@ def train_stage(
     started_at = time.monotonic()
     built = build_learner(config, train, objectives, dataset, ranks)
     numbering = Numbering.of(dataset)
-    started: dict[str, Any] = {"transfer": {}}
-    if start_from is not None:
-        report = load_pretrained(start_from.checkpoint, built.model, numbering, ranks)
-        stage.say(f"{name}: {report}")
-        started = {"transfer": report.values()}
     loader = HistoryLoader(
         dataset,
         batch_size=train.batch_size,
         max_length=config.model.max_length,
         seed=config.seed,
         ranks=ranks,
+        with_impressions=any(isinstance(one, PairTask) for one in objectives),
     )
-    num_steps = train.epochs * train.steps_in(loader.steps_per_epoch)
-    optimizers = Optimizers(built.model, train, built.placement, num_steps)
+    steps_per_epoch = train.steps_in(loader.steps_per_epoch)
+    parameters = [name for name, _ in built.model.named_parameters()]
+    layers = layer_rates(built.learner, parameters, transfer_of(train), steps_per_epoch)
+    num_steps = train.epochs * steps_per_epoch
+    optimizers = Optimizers(built.model, train, built.placement, num_steps, layers)
     plans = table_plans(built.model, optimizers.state())
     with raised_together():
         if stage.console is not None and is_worth_showing(plans):
             stage.console.print(render_plan(plans))
         if ranks.is_first:
             write_plan(path / "plan.json", plans)
-    if isinstance(train, PretrainConfig) and train.continue_from is not None:
-        source = origin(train.continue_from)
-        report = continue_training(source, built.model, optimizers, numbering, ranks)
-        stage.say(f"{name}: continues from {source}: {report}")
-        started = {"transfer": report.values(), "origin": origin_digest(config)}
+    started = _start(stage, name, train, start_from, built, optimizers, numbering)
     trainer = Trainer(
         built.model,
         built.learner,
@@ -146,3 +149,40 @@ def train_stage(
         if ranks.is_first:
             result.save()
     return result
+
+
+def _start(
+    stage: Stage,
+    name: str,
+    train: TrainConfig,
+    start_from: StageResult | None,
+    built: Built,
+    optimizers: Optimizers,
+    numbering: Numbering,
+) -> dict[str, Any]:
+    """Take over what the stage starts from, and say what that was, here and for result.json."""
+    model, ranks = built.model, stage.ranks
+    if start_from is not None:
+        report = load_pretrained(start_from.checkpoint, model, numbering, ranks)
+        return {"transfer": _said(stage, name, report, built, optimizers)}
+    source = None if isinstance(train, TaskConfig) else origin(stage.config)
+    if source is None:
+        return {"transfer": {}}
+    digest = {"origin": origin_digest(stage.config)}
+    if isinstance(train, PretrainConfig):
+        report = continue_training(source, model, optimizers, numbering, ranks)
+        stage.say(f"{name}: continues from {source}: {report}")
+        return {"transfer": report.values(), **digest}
+    report = load_pretrained(source, model, numbering, ranks)
+    return {"transfer": _said(stage, f"{name} ({source})", report, built, None), **digest}
+
+
+def _said(
+    stage: Stage, name: str, report: TransferReport, built: Built, optimizers: Optimizers | None
+) -> dict[str, Any]:
+    """Show what moved, part by part; `optimizers` where the stage trains."""
+    rates, layers = ({}, {}) if optimizers is None else (optimizers.rates, optimizers.layers)
+    parts = moved_parts(report, built.learner.backbone, rates, layers)
+    if stage.console is not None:
+        stage.console.print(render_moved(parts, f"{name}: what moved"))
+    return {**report.values(), "parts": [part.values() for part in parts]}

@@ -106,6 +106,7 @@ class Trainer:
             ranks,
             keep_last=config.keep_checkpoints,
             in_background=config.async_checkpoints,
+            vocabulary=numbering.vocabulary,
         )
         self.pipeline: SparseDistPipeline | None = None
         if suits_pipeline(learner, ranks.device):
@@ -274,7 +275,7 @@ class Trainer:
     def _save(self) -> None:
         state = {
             "fingerprint": self.fingerprint,
-            "vocabulary": self.numbering.vocabulary,
+            "vocabulary": self.numbering.digest,
             "position": asdict(self.position),
         }
         step, best_step = self.position.step, self.best["step"]

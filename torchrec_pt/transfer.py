@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 from torch import Tensor
@@ -16,8 +19,25 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec_pt.checkpoint import Checkpoint, CheckpointError
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import Ranks
-from torchrec_pt.item_rows import match_rows, per_item, read_rows
+from torchrec_pt.item_rows import (
+    RowMatch,
+    clear_new_rows,
+    match_rows,
+    match_values,
+    per_item,
+    read_rows,
+)
+from torchrec_pt.models.feature_encoder import module_name
 from torchrec_pt.optim import Optimizers
+from torchrec_pt.sharding import is_item_table
+
+
+class RowCounts(NamedTuple):
+    """Of the rows of a tensor, where they stand for other items or values than the checkpoint's."""
+
+    matched: int
+    new: int
+    dropped: int
 
 
 @dataclass(frozen=True)
@@ -25,13 +45,15 @@ class TransferReport:
     """Names of tensors: taken over, only in the model, only in the checkpoint.
 
     Attributes:
-        rows: items matched, new, dropped, where the catalogues differ.
+        sizes: numbers in each tensor; of one that is taken over, in the model.
+        rows: of the parameters whose rows were matched by external id or by value.
     """
 
     loaded: list[str]
     new: list[str]
     dropped: list[str]
-    rows: tuple[int, int, int] | None = None
+    sizes: Mapping[str, int]
+    rows: Mapping[str, RowCounts]
 
     def __str__(self) -> str:
         """By module: "loaded 29 (backbone 29) tensors; new 14 (ctr 14); dropped 0"."""
@@ -41,21 +63,25 @@ class TransferReport:
             listed = ", ".join(f"{module} {num}" for module, num in modules.items())
             return f"{len(names)} ({listed})" if names else "0"
 
-        said = (
-            f"loaded {count(self.loaded)} tensors; new {count(self.new)}; "
-            f"dropped {count(self.dropped)}"
-        )
-        if self.rows is not None:
-            matched, new, dropped = self.rows
-            said += f"; rows by external id: {matched:,} matched, {new:,} new, {dropped:,} dropped"
-        return said
+        said = [
+            f"loaded {count(self.loaded)} tensors",
+            f"new {count(self.new)}",
+            f"dropped {count(self.dropped)}",
+        ]
+        for name, (matched, new, dropped) in self.rows.items():
+            table = _feature_table(name)
+            what = "rows by external id" if table is None else f"values of {table}"
+            said.append(f"{what}: {matched:,} matched, {new:,} new, {dropped:,} dropped")
+        return "; ".join(dict.fromkeys(said))
 
     def values(self) -> dict[str, Any]:
         """As JSON holds it."""
-        lists: dict[str, Any] = {"loaded": self.loaded, "new": self.new, "dropped": self.dropped}
-        if self.rows is not None:
-            lists["rows"] = dict(zip(("matched", "new", "dropped"), self.rows, strict=True))
-        return lists
+        return {
+            "loaded": self.loaded,
+            "new": self.new,
+            "dropped": self.dropped,
+            "rows": {name: counts._asdict() for name, counts in self.rows.items()},
+        }
 
 
 def _module_of(tensor: str) -> str:
@@ -71,16 +97,20 @@ class Numbering:
 
     Attributes:
         items: external ids, row = dense item id.
-        vocabulary: names the values of the categorical features and their order.
+        vocabulary: `of`, `column`, `value`, `id` of the values of categorical features.
     """
 
     items: pl.Series
-    vocabulary: str
+    vocabulary: pl.DataFrame
 
     @classmethod
     def of(cls, dataset: PreparedDataset) -> Numbering:
-        digest = hashlib.sha256(dataset.vocabulary.write_ndjson().encode()).hexdigest()[:16]
-        return cls(dataset.items["external_id"], digest)
+        return cls(dataset.items["external_id"], dataset.vocabulary)
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the values of the categorical features and their order."""
+        return hashlib.sha256(self.vocabulary.write_ndjson().encode()).hexdigest()[:16]
 
 
 def load_pretrained(
@@ -88,8 +118,8 @@ def load_pretrained(
 ) -> TransferReport:
     """Take over every tensor of the model that the checkpoint holds under the same name.
 
-    Rows of another catalogue are matched by external id. Tables of categorical features are left
-    as they are where their values were numbered otherwise.
+    Rows of another catalogue are matched by external id, those of categorical features by value;
+    what is new starts as said in `_take_over`.
 
     Raises:
         CheckpointError: a name in common with another shape, or no name in common.
@@ -120,7 +150,15 @@ def optimizer_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
     return {f"optimizer.{name}": value for name, value in optimizers.state().items()}
 
 
-_FEATURE_TABLES = ".embedding_bags."  # of `FeatureEncoder`, in the names of their tensors
+# The tables of `FeatureEncoder`, and what makes features part of an item's vector.
+_FEATURE_TABLE = re.compile(r"\.embedding_bags\.(.+?)\.weight(?:\.|$)")
+_ITEM_CONTENT = ("model.backbone.content.", "model.backbone.item_features.")
+
+
+def _feature_table(tensor: str) -> str | None:
+    """The table of a feature that a parameter or its state is of."""
+    found = _FEATURE_TABLE.search(tensor)
+    return found[1] if found else None
 
 
 def _take_over(
@@ -129,30 +167,88 @@ def _take_over(
     kinds: tuple[str, ...],
     numbering: Numbering,
 ) -> TransferReport:
-    items = numbering.items
+    """Read what the model and the checkpoint have in common.
+
+    A new item starts as its features say, from a row of zeros, where what reads the features is
+    taken over; else from its initial row. A new value of a feature starts as an unknown one. The
+    optimizers' states of both start from zeros.
+    """
     held = {name for name in checkpoint.tensors if name.startswith(kinds)}
     taken = held & tensors.keys()
-    if checkpoint.state.get("vocabulary") != numbering.vocabulary:
-        taken = {name for name in taken if _FEATURE_TABLES not in name}
+    matches = _match_rows(checkpoint, taken, numbering)
+    taken -= _of_unknown_values(checkpoint, taken, numbering)
     if not any(name.startswith("model.") for name in taken):
         raise CheckpointError(
             f"{checkpoint.path}: has no parameter in common with the model; "
             "pretrain the same backbone"
         )
     loaded, new, dropped = sorted(taken), sorted(tensors.keys() - taken), sorted(held - taken)
-    common = {name: tensors[name] for name in loaded}
-    if checkpoint.is_of(items):
-        checkpoint.load(common, items)
-        return TransferReport(loaded, new, dropped)
-    match = match_rows(checkpoint.items, items)
-    if not match.num_matched:
-        raise CheckpointError(
-            f"{checkpoint.path}: has no item in common with the data; its ids are like "
-            f"{checkpoint.items[0]!r}, the data's like {items[0]!r}; use data of the same ids"
-        )
-    by_row = {name: common.pop(name) for name in per_item(loaded)}
-    checkpoint.check({**common, **by_row}, list(by_row))
-    checkpoint.read_into(common)
-    read_rows(checkpoint, by_row, match)
-    rows = (match.num_matched, match.num_new, match.num_dropped)
-    return TransferReport(loaded, new, dropped, rows)
+    by_row = {name: tensors[name] for name in loaded if name in matches}
+    as_they_are = {name: tensors[name] for name in loaded if name not in matches}
+    num_rows = {name: matches[name].num_saved for name in by_row}
+    checkpoint.check({**as_they_are, **by_row}, num_rows)
+    checkpoint.read_into(as_they_are)
+    read_rows(checkpoint, by_row, matches)
+    if any(name.startswith(_ITEM_CONTENT) for name in loaded):
+        for name in by_row:
+            if name.startswith("model.") and is_item_table(name):
+                clear_new_rows(tensors[name], matches[name])
+    counts = {
+        name: RowCounts(match.num_matched, match.num_new, match.num_dropped)
+        for name, match in matches.items()
+        if name in by_row and name.startswith("model.")
+    }
+    sizes = {name: math.prod(tensors[name].size()) for name in tensors}
+    sizes |= {name: math.prod(checkpoint.tensors[name].shape) for name in dropped}
+    return TransferReport(loaded, new, dropped, sizes, counts)
+
+
+def _match_rows(
+    checkpoint: Checkpoint, names: Iterable[str], numbering: Numbering
+) -> dict[str, RowMatch]:
+    """Of the tensors whose rows stand for something else in the checkpoint: where they are there.
+
+    Raises:
+        CheckpointError: no item in common.
+    """
+    names = sorted(names)
+    found: dict[str, RowMatch] = {}
+    items = numbering.items
+    if not checkpoint.is_of(items):
+        match = match_rows(checkpoint.items, items)
+        if not match.num_matched:
+            raise CheckpointError(
+                f"{checkpoint.path}: has no item in common with the data; its ids are like "
+                f"{checkpoint.items[0]!r}, the data's like {items[0]!r}; use data of the same ids"
+            )
+        found |= dict.fromkeys(per_item(names), match)
+    if checkpoint.vocabulary is None or checkpoint.state.get("vocabulary") == numbering.digest:
+        return found
+    for name in names:
+        table = _feature_table(name)
+        if table is not None:
+            saved, wanted = (
+                _values(known, table) for known in (checkpoint.vocabulary, numbering.vocabulary)
+            )
+            match = match_values(saved, wanted)
+            # A state of the unknown value is not one of the new ones.
+            found[name] = match if name.startswith("model.") else replace(match, default=-1)
+    return found
+
+
+def _of_unknown_values(
+    checkpoint: Checkpoint, names: Iterable[str], numbering: Numbering
+) -> set[str]:
+    """The tensors of features whose rows stand for who knows what, in an old checkpoint."""
+    is_known = checkpoint.vocabulary is not None
+    if is_known or checkpoint.state.get("vocabulary") == numbering.digest:
+        return set()
+    return {name for name in names if _feature_table(name) is not None}
+
+
+def _values(vocabulary: pl.DataFrame, table: str) -> pl.Series:
+    """The values of the feature that a table is of, in the order of its rows from 1 on."""
+    for (of, column), rows in vocabulary.group_by("of", "column"):
+        if module_name(str(of), str(column)) == table:
+            return rows.sort("id")["value"]
+    return pl.Series([], dtype=pl.String)  # nobody had a value

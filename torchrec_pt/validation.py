@@ -22,18 +22,20 @@ from torchrec_pt.metrics import (
     rating_metrics,
     reliability,
 )
-from torchrec_pt.scoring import ModelScorer
+from torchrec_pt.scoring import ModelScorer, head_of
+from torchrec_pt.tasks.asked import Asked
 from torchrec_pt.tasks.ctr import CtrTask
-from torchrec_pt.tasks.pairs import Asked, PairTask, held_out_pairs
+from torchrec_pt.tasks.pairs import PairTask
 from torchrec_pt.tasks.rating import RatingTask
 from torchrec_pt.train import Validate
 
 
 def monitor_of(objectives: Sequence[nn.Module]) -> str:
     """The metric to choose by. Pretraining is judged by ranking the next item as it is."""
-    if isinstance(objectives[0], CtrTask):
+    task = next(iter(objectives), None)
+    if isinstance(task, CtrTask):
         return "logloss"
-    return "rmse" if isinstance(objectives[0], RatingTask) else "ndcg@10"
+    return "rmse" if isinstance(task, RatingTask) else "ndcg@10"
 
 
 def validation(
@@ -44,12 +46,12 @@ def validation(
     Raises:
         ValueError: the split left nothing to validate on.
     """
-    if not dataset.manifest.num_valid:
-        raise ValueError("data.split: no user has a validation interaction; change the split")
+    if not dataset.manifest.num_taken_valid:
+        raise ValueError("data.split: no user took an item in validation; change the split")
     batch_size = config.evaluate.batch_size
     task = next(iter(learner.objectives.values()), None)
     if isinstance(task, PairTask):
-        pairs = held_out_pairs(dataset, "valid")
+        pairs = task.held_out("valid")
         parts = dataset.part_of_user[pairs.users]
 
         def validate_pairs() -> dict[str, float]:
@@ -64,7 +66,7 @@ def validation(
     history = dataset.history("train")
 
     def validate_ranking() -> dict[str, float]:
-        scorer = ModelScorer(learner.backbone, history, ranks)
+        scorer = ModelScorer(learner.backbone, history, ranks, head_of(learner))
         found = rank_targets(scorer, asked, parts, dataset.num_items, ranks, batch_size)
         _, (found,) = gather_by_user(users, [found], ranks)
         return {n: float(v.mean()) for n, v in ranking_metrics(found, (10,)).items()}
@@ -110,10 +112,10 @@ def gather_judged(
     ranks: Ranks,
 ) -> Judged:
     """Of the asked targets of every rank; `predictions`: model -> (P,) of this rank's."""
-    rows = asked.targets.values
-    columns = [dataset.interactions.values[rows], task.labels[rows], *predictions.values()]
+    labels = task.labels_of(asked.interactions)
+    columns = [asked.targets.values, labels, *predictions.values()]
     users = dataset.user_ids[asked.users[asked.targets.rows]]
-    one_each = torch.arange(len(rows) + 1)
+    one_each = torch.arange(len(labels) + 1)
     everyone, gathered = gather_by_user(users, [Jagged(c, one_each) for c in columns], ranks)
     items, labels, *found = (column.values for column in gathered)
     return Judged(everyone, items, labels, dict(zip(predictions, found, strict=True)))

@@ -202,7 +202,7 @@ def test_content_places_items_of_the_item_file_alone(model: dict[str, Any], tmp_
     is_new = dataset.item_counts == 0
     pipeline.pretrain(config)
     with joined_ranks() as ranks:
-        backbone = load_served(config.run_dir, ranks)[1]
+        backbone = load_served(config.run_dir, ranks)[1].backbone
         users = torch.arange(dataset.num_users)
         queries = encode_histories(backbone, users, dataset.history("test"))
         scores = queries @ encode_item_range(backbone, 0, dataset.num_items).T

@@ -24,10 +24,12 @@ from torchrec_pt.data.prepare import prepare
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.evaluate import predict_pairs
 from torchrec_pt.models.backbone import Backbone
+from torchrec_pt.models.positions import NUM_TIME_BUCKETS, TIME_BUCKET_WIDTH
 from torchrec_pt.rng import RowNoise
-from torchrec_pt.tasks import pairs
+from torchrec_pt.tasks import asked as asking
+from torchrec_pt.tasks.asked import Asked, held_out_pairs
 from torchrec_pt.tasks.ctr import click_labels
-from torchrec_pt.tasks.pairs import PairTask, _cumsum_in_rows, held_out_pairs, item_biases
+from torchrec_pt.tasks.pairs import PairTask, _cumsum_in_rows
 
 DIM = 16
 MODELS: dict[str, dict[str, Any]] = {
@@ -59,7 +61,7 @@ def scattered(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return PreparedDataset.load(out)
 
 
-def _config(name: str, model: str = "bidirectional", **task: Any) -> RunConfig:
+def pair_config(name: str, model: str = "bidirectional", **task: Any) -> RunConfig:
     return tiny_config(
         Path(),
         model={"dim": DIM, "max_length": 5, "dropout": 0.0, **MODELS[model]},
@@ -67,7 +69,7 @@ def _config(name: str, model: str = "bidirectional", **task: Any) -> RunConfig:
     )
 
 
-def _built(config: RunConfig, data: PreparedDataset) -> tuple[PairTask, Backbone]:
+def built(config: RunConfig, data: PreparedDataset) -> tuple[PairTask, Backbone]:
     task = build_task(config, next(iter(config.finetune.tasks)), data)
     assert isinstance(task, PairTask)
     backbone = build_backbone(config.model, data)
@@ -76,7 +78,7 @@ def _built(config: RunConfig, data: PreparedDataset) -> tuple[PairTask, Backbone
     return task, backbone
 
 
-def _rows(data: PreparedDataset, users: list[int], step: int = 0) -> Rows:
+def rows_of_ids(data: PreparedDataset, users: list[int], step: int = 0) -> Rows:
     ids = torch.tensor(users)
     return Rows(
         users=ids,
@@ -86,7 +88,12 @@ def _rows(data: PreparedDataset, users: list[int], step: int = 0) -> Rows:
     )
 
 
-def _parts(jagged: Jagged) -> list[list[int]]:
+def _interactions(asked: Asked) -> Jagged:
+    """R rows of the interactions that are asked."""
+    return asked.targets.with_values(asked.interactions)
+
+
+def parts_of(jagged: Jagged) -> list[list[int]]:
     return [part.tolist() for part in jagged.values.split(jagged.lengths.tolist())]
 
 
@@ -105,7 +112,10 @@ def test_a_held_out_row_is_asked_once_with_what_was_known_before_it(
     splits = dataset.split.tolist()
     seen = []
     for user, history, targets in zip(
-        asked.users.tolist(), _parts(asked.history(999)), _parts(asked.targets), strict=True
+        asked.users.tolist(),
+        parts_of(asked.history(999)),
+        parts_of(_interactions(asked)),
+        strict=True,
     ):
         for row in targets:
             known = [r for r in range(row) if user_of[r] == user and splits[r] < code]
@@ -120,8 +130,8 @@ def test_a_held_out_row_is_asked_once_with_what_was_known_before_it(
 def test_training_asks_training_rows_right_after_their_history(
     scattered: PreparedDataset, name: str
 ) -> None:
-    task, _ = _built(_config(name, cuts_per_user=2, targets_per_cut=3), scattered)
-    trained = _parts(
+    task, _ = built(pair_config(name, cuts_per_user=2, targets_per_cut=3), scattered)
+    trained = parts_of(
         scattered.interactions.with_values(torch.arange(len(scattered.split))).filter(
             scattered.split == 0
         )
@@ -129,9 +139,9 @@ def test_training_asks_training_rows_right_after_their_history(
     items = scattered.interactions.values
     asked_rows: set[int] = set()
     for step in range(60):
-        draw = task.draw(_rows(scattered, [3, -1, 0], step))
-        targets = _parts(draw.lookups["target"].with_values(draw.tensors["interaction"]))
-        histories = _parts(draw.lookups["history"])
+        draw = task.draw(rows_of_ids(scattered, [3, -1, 0], step))
+        targets = parts_of(draw.lookups["target"].with_values(draw.tensors["interaction"]))
+        histories = parts_of(draw.lookups["history"])
         for user, target, history in zip([3, -1, 0] * 2, targets, histories, strict=True):
             if user < 0:
                 assert target == history == []
@@ -162,7 +172,7 @@ def _perturbed(task: PairTask) -> None:
 def test_predictions_are_the_formula_written_out(
     scattered: PreparedDataset, name: str, model: str
 ) -> None:
-    task, backbone = _built(_config(name, model), scattered)
+    task, backbone = built(pair_config(name, model), scattered)
     _perturbed(task)
     asked = held_out_pairs(scattered, "test").select(torch.arange(12))
     drawn = embedded(task.draw_asked(asked), backbone.items.weight)
@@ -171,12 +181,15 @@ def test_predictions_are_the_formula_written_out(
         expected = [
             _written_out(task, backbone, scattered, user, history, row)
             for user, history, rows in zip(
-                asked.users.tolist(), _parts(asked.history(999)), _parts(asked.targets), strict=True
+                asked.users.tolist(),
+                parts_of(asked.history(999)),
+                parts_of(_interactions(asked)),
+                strict=True,
             )
             for row in rows
         ]
     torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-4, atol=1e-5)
-    assert min(len(history) for history in _parts(asked.history(999))) < 3
+    assert min(len(history) for history in parts_of(asked.history(999))) < 3
 
 
 def _written_out(
@@ -192,21 +205,36 @@ def _written_out(
     items = data.interactions.values
     ids, target = items[torch.tensor(history, dtype=torch.int64)], items[row : row + 1]
     table, head, attention = backbone.items.weight, task.head, task.head.attention
-    bias = task.item_bias.weight.squeeze(1)
+    information = 4 * task.mean * (1 - task.mean) if task.name == "ctr" else 1.0
+    bias = _closed_biases(task, data) + task.item_bias.weight.squeeze(1)
     one = torch.tensor([user])
     user_vector = backbone.encode_users(one, Jagged(table[ids], torch.tensor([0, len(ids)])))[0]
     item_vector = backbone.encode_items(target, table[target])[0]
     memory = backbone.encode_items(ids, table[ids])
     residual = task.labels[torch.tensor(history, dtype=torch.int64)] - task.mean - bias[ids]
-    information = 4 * task.mean * (1 - task.mean) if task.name == "ctr" else 1.0
     mean = residual.sum() / (len(history) + 10 / information)
 
     def likeness(x: Tensor) -> Tensor:
         return attention.likeness(attention.norm(x))
 
-    logits = likeness(memory) @ likeness(item_vector) / math.sqrt(DIM)
-    share = torch.cat([attention.null, logits]).softmax(0)[1:]
-    echoes = torch.stack([mean, share @ residual])
+    shares = []
+    for head_number, part in enumerate(torch.arange(DIM).split(DIM // attention.num_heads)):
+        logits = likeness(memory)[:, part] @ likeness(item_vector)[part] / math.sqrt(len(part))
+        logits = logits * math.sqrt(attention.num_heads)
+        logits = logits + attention.elapsed[head_number][_buckets(data, history, row)]
+        shares.append(torch.cat([attention.null[head_number : head_number + 1], logits]).softmax(0))
+    attended = torch.cat(
+        [
+            share[1:] @ attention.value(memory)[:, part]
+            for share, part in zip(
+                shares, torch.arange(DIM).split(DIM // attention.num_heads), strict=True
+            )
+        ]
+    )
+    taste = head.taste
+    said = residual @ taste.said(taste.norm(memory)) / math.sqrt(len(history) + 10 / information)
+    t_ui = said @ taste.asked(taste.norm(item_vector)) / math.sqrt(DIM)
+    echoes = torch.stack([mean, *(share[1:] @ residual for share in shares), t_ui])
     fields = [
         task.features["user"](one),
         task.features["item"](target),
@@ -217,9 +245,9 @@ def _written_out(
         [
             user_vector,
             item_vector,
-            user_vector * item_vector,
-            share @ attention.value(memory),
+            attended,
             torch.cat(fields, dim=1).flatten(),
+            user_vector * item_vector,
             echoes,
         ]
     )
@@ -235,7 +263,7 @@ def _written_out(
 def test_a_label_that_is_asked_does_not_reach_its_own_prediction(
     scattered: PreparedDataset, name: str
 ) -> None:
-    task, backbone = _built(_config(name), scattered)
+    task, backbone = built(pair_config(name), scattered)
     _perturbed(task)
     asked = held_out_pairs(scattered, "test")
     before = task.predict(
@@ -248,21 +276,51 @@ def test_a_label_that_is_asked_does_not_reach_its_own_prediction(
     assert torch.equal(before, after)
 
 
-def test_item_biases_are_shrunk_mean_deviations(ranks: Ranks) -> None:
-    items, labels = torch.tensor([0, 2, 0, 0]), torch.tensor([5.0, 1.0, 4.0, 2.0])
-    biases = item_biases(items, labels, 3.0, 4, shrinkage=2.0)
-    assert biases.tolist() == pytest.approx([(2 + 1 - 1) / 5, 0, -2 / 3, 0])
+def _buckets(data: PreparedDataset, history: list[int], row: int) -> list[int]:
+    """Of the time from each row of the history to `row`; a later one's are of another kind."""
+    assert data.timestamp is not None
+    between = [float(data.timestamp[row] - data.timestamp[other]) for other in history]
+    found = [int(math.log(max(1, abs(t))) / TIME_BUCKET_WIDTH) for t in between]
+    return [b if t >= 0 else NUM_TIME_BUCKETS + 1 + b for b, t in zip(found, between, strict=True)]
+
+
+def _closed_biases(task: PairTask, data: PreparedDataset) -> Tensor:
+    """Shrunk mean deviations of the training labels, item by item."""
+    biases = torch.zeros(data.num_items)
+    train = data.split == 0
+    for item in range(data.num_items):
+        labels = task.labels[train & (data.interactions.values == item)]
+        biases[item] = (labels - task.mean).sum() / (len(labels) + task.shrinkage)
+    return biases
+
+
+@EVERY_TASK
+def test_an_asked_training_label_is_not_in_its_own_bias(
+    scattered: PreparedDataset, name: str
+) -> None:
+    task, _ = built(pair_config(name), scattered)
+    items, train = scattered.interactions.values, scattered.split == 0
+    row = int(torch.nonzero(train)[7])
+    others = train.clone()
+    others[row] = False
+    labels = task.labels[others & (items == items[row])]
+    expected = (labels - task.mean).sum() / (len(labels) + task.shrinkage)
+    got = task._item_biases(items[row : row + 1], task.labels[row : row + 1])
+    torch.testing.assert_close(got[0], expected)
+    assert len(labels) > 0
 
 
 @EVERY_TASK
 def test_the_biases_alone_are_mean_item_and_user(scattered: PreparedDataset, name: str) -> None:
-    task, _ = _built(_config(name), scattered)
+    task, _ = built(pair_config(name), scattered)
     asked = held_out_pairs(scattered, "test").select(torch.arange(20))
     got = task.predict_by_biases(asked).tolist()
     items, labels = scattered.interactions.values.tolist(), task.labels.tolist()
-    bias = task.item_bias.weight.squeeze(1).tolist()
+    bias = _closed_biases(task, scattered).tolist()
     expected = []
-    for history, rows in zip(_parts(asked.history(999)), _parts(asked.targets), strict=True):
+    for history, rows in zip(
+        parts_of(asked.history(999)), parts_of(_interactions(asked)), strict=True
+    ):
         user = sum(labels[r] - task.mean - bias[items[r]] for r in history) / (
             len(history) + task.shrinkage
         )
@@ -285,9 +343,9 @@ def test_rare_clicks_start_no_worse_than_their_rate(cycle: PreparedDataset) -> N
     config = tiny_config(
         Path(), model={"dim": DIM, "max_length": 5, "num_layers": 1}, finetune={"ctr": {}}
     )
-    task, backbone = _built(config, rare)
+    task, backbone = built(config, rare)
     asked = held_out_pairs(rare, "test")
-    labels = clicks[asked.targets.values]
+    labels = clicks[asked.interactions]
     constant = F.binary_cross_entropy(torch.full_like(labels, task.mean), labels)
     drawn = embedded(task.draw_asked(asked), backbone.items.weight)
     with torch.no_grad():
@@ -302,7 +360,7 @@ def test_many_targets_of_one_history_are_asked_in_pieces(
     late = dataclasses.replace(cycle, split=torch.where(cycle.split == 0, cycle.split, 2))
     late.split[cycle.interactions.positions > 1] = 2
     whole = held_out_pairs(late, "test")
-    monkeypatch.setattr(pairs, "MOST_TARGETS", 3)
+    monkeypatch.setattr(asking, "MOST_TARGETS", 3)
     cut = held_out_pairs(late, "test")
     assert int(whole.targets.lengths.max()) > 3
     assert int(cut.targets.lengths.max()) == 3
@@ -348,7 +406,7 @@ def test_labels_that_cannot_be_learned_are_refused(
 
 def test_rating_without_ratings_is_refused(cycle: PreparedDataset) -> None:
     with pytest.raises(ValueError, match=r"data\.columns\.rating is not set"):
-        build_task(_config("rating"), "rating", dataclasses.replace(cycle, rating=None))
+        build_task(pair_config("rating"), "rating", dataclasses.replace(cycle, rating=None))
 
 
 # --- learning -----------------------------------------------------------------------------------
@@ -365,7 +423,7 @@ def test_it_lowers_its_own_loss(
 ) -> None:
     monkeypatch.setattr(losses, "EPOCHS", 25)  # of four steps
     task = {"batch_size": 10, "learning_rate": 0.01, "warmup_steps": 0, "cuts_per_user": 2}
-    config = _config(name, model, **task)
+    config = pair_config(name, model, **task)
     found = losses.train({"config": config.model_dump(mode="json")}, cycle_with_features, ranks)[
         "losses"
     ]
@@ -375,7 +433,7 @@ def test_it_lowers_its_own_loss(
 
 
 def test_blocks_of_any_size_predict_the_same(scattered: PreparedDataset, ranks: Ranks) -> None:
-    task, backbone = _built(_config("rating"), scattered)
+    task, backbone = built(pair_config("rating"), scattered)
     _perturbed(task)
 
     @dataclasses.dataclass

@@ -25,8 +25,8 @@ from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.plan import table_plans
 from torchrec_pt.saver import Saver
-from torchrec_pt.scoring import ModelScorer
-from torchrec_pt.tasks.pairs import PairTask, held_out_pairs
+from torchrec_pt.scoring import ModelScorer, head_of
+from torchrec_pt.tasks.pairs import PairTask
 from torchrec_pt.transfer import model_tensors, optimizer_tensors
 from torchrec_pt.validation import gather_judged
 
@@ -57,6 +57,7 @@ def train(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> dict[
         max_length=config.model.max_length,
         seed=config.seed,
         ranks=ranks,
+        with_impressions=isinstance(objectives[0], PairTask),
     )
     optimizers = Optimizers(built.model, settings, built.placement, 100)
     before = whole_tables(built.model.state_dict())
@@ -91,14 +92,15 @@ def train(case: dict[str, Any], dataset: PreparedDataset, ranks: Ranks) -> dict[
     if "load" in case:
         return result
     backbone = built.learner.backbone.eval()
-    scorer = ModelScorer(backbone, dataset.history("valid"), ranks)
+    head = head_of(built.learner)
+    scorer = ModelScorer(backbone, dataset.history("valid"), ranks, head)
     asked = held_out(dataset, "test")
     parts = dataset.part_of_user[asked.users]
     found = rank_targets(scorer, asked, parts, dataset.num_items, ranks, batch_size=7)
     users = dataset.user_ids[asked.users]
     result["ranks"] = gather_by_user(users, [found], ranks)[1][0].values.tolist()
     if isinstance(objectives[0], PairTask):
-        pairs = held_out_pairs(dataset, "test")
+        pairs = objectives[0].held_out("test")
         parts = dataset.part_of_user[pairs.users]
         predictions = predict_pairs(built.learner, objectives[0], pairs, parts, ranks, 7)
         judged = gather_judged(dataset, objectives[0], pairs, {"": predictions}, ranks)

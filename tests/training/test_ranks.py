@@ -52,6 +52,12 @@ PAIRS_OF: dict[str, dict[str, Any]] = {
     "ctr": {"positive_rating": 3, "cuts_per_user": 2},
     "rating": {"targets_per_cut": 3},
 }
+OTHERS: dict[str, Any] = {"context": "others", "label_fraction": 0.6, "attention_heads": 2}
+CLICKS: dict[str, Any] = {
+    "positive_rating": None,
+    "negatives": {"num": 3, "distribution": "uniform"},
+    "interactions": ["cross", "dot"],
+}
 
 
 def _cases(folder: Path) -> dict[str, dict[str, Any]]:
@@ -80,15 +86,24 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
     def pretrain(*objectives: dict[str, Any]) -> dict[str, Any]:
         return {**STEPS, "objectives": objectives}
 
-    def ranking(loss: str) -> dict[str, Any]:
-        return {"ranking": {**STEPS, "loss": loss}}
+    def ranking(loss: str, **settings: Any) -> dict[str, Any]:
+        return {"ranking": {**STEPS, "loss": loss, **settings}}
 
-    def pairs(task: str, model: dict[str, Any]) -> dict[str, Any]:
+    def ranked(model: dict[str, Any], loss: str, **settings: Any) -> dict[str, Any]:
         config = tiny_config(
             folder,
             FEATURES,
             model={"dim": 16, "max_length": 8, **model},
-            finetune={task: {**STEPS, **PAIRS_OF[task]}},
+            finetune=ranking(loss, **settings),
+        )
+        return config.model_dump(mode="json")
+
+    def pairs(task: str, model: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        config = tiny_config(
+            folder,
+            FEATURES,
+            model={"dim": 16, "max_length": 8, **model},
+            finetune={task: {**STEPS, **PAIRS_OF[task], **changes}},
         )
         return config.model_dump(mode="json")
 
@@ -133,10 +148,25 @@ def _cases(folder: Path) -> dict[str, dict[str, Any]]:
         "relative time, causal": at("relative_time", "causal", NEXT, PAIRS),
         "softmax": case(both, replicated, finetune=ranking("softmax")),
         "bpr": case("causal", replicated, finetune=ranking("bpr")),
+        "softmax, linear": ranked({"num_layers": 1}, "softmax", head="linear", targets_per_cut=3),
+        "softmax, sampled, mlp": ranked(
+            {"num_layers": 1}, "softmax", head="mlp", negatives={"num": 7}, targets_per_cut=2
+        ),
+        "hinge": ranked({"num_layers": 1, **row_wise}, "hinge", margin=0.5),
+        "listnet": ranked(towers, "listnet", targets_per_cut=3, gain="rating"),
+        "lambda": ranked(
+            {"num_layers": 1}, "lambda", targets_per_cut=3, positive_rating=3, impressions=True
+        ),
+        "approx_ndcg, mlp row_wise": ranked(
+            {**towers, **row_wise}, "approx_ndcg", head="mlp", interactions=["cross", "fm"]
+        ),
         "ctr": pairs("ctr", {"num_layers": 1}),
         "ctr, relative time": pairs("ctr", {"num_layers": 1, "positions": "relative_time"}),
         "ctr column_wise": pairs("ctr", {"num_layers": 1, **by_columns}),
         "ctr two_tower row_wise": pairs("ctr", {**towers, **row_wise}),
+        "ctr among others": pairs("ctr", {"num_layers": 1}, **OTHERS, loss="weighted"),
+        "ctr of clicks": pairs("ctr", {"num_layers": 1}, **CLICKS, loss="focal"),
+        "rating among others": pairs("rating", {**towers, **row_wise}, **OTHERS, loss="rmse"),
         "rating": pairs("rating", {"num_layers": 1, "attention": "causal", **row_wise}),
         "rating two_tower table_wise": pairs("rating", {**towers, **table_wise}),
         "rating two_tower": pairs("rating", towers),

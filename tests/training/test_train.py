@@ -18,7 +18,7 @@ from tests.conftest import tiny_config
 from torchrec_pt import pipeline, saver
 from torchrec_pt.checkpoint import CheckpointError, saved
 from torchrec_pt.config import RunConfig
-from torchrec_pt.runs import finished_stages, origin
+from torchrec_pt.runs import find_checkpoint, finished_stages
 from torchrec_pt.train import Trainer, TrainingError
 
 OBJECTIVES = [{"name": "masked_item"}, {"name": "contrastive", "weight": 0.1}]
@@ -279,11 +279,11 @@ def test_the_checkpoint_to_continue_from_is_the_best_or_the_newest_or_itself(
     pipeline.pretrain(config)
     folder = tmp_path / "pretrain"
     checkpoints = saved(folder / "checkpoints")
-    assert origin(folder) == checkpoints[0]
-    assert origin(checkpoints[1]) == checkpoints[1]
-    assert origin(folder / "checkpoints") == checkpoints[-1]
+    assert find_checkpoint(folder) == checkpoints[0]
+    assert find_checkpoint(checkpoints[1]) == checkpoints[1]
+    assert find_checkpoint(folder / "checkpoints") == checkpoints[-1]
     (folder / "result.json").unlink()
-    assert origin(folder) == checkpoints[-1]
+    assert find_checkpoint(folder) == checkpoints[-1]
 
 
 def test_one_seed_gives_one_result_and_another_seed_another(

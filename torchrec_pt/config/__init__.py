@@ -48,10 +48,13 @@ from torchrec_pt.config.section import Section
 from torchrec_pt.config.tasks import (
     CtrConfig,
     FinetuneConfig,
+    InteractionName,
     PairConfig,
     RankingConfig,
     RatingConfig,
     TaskConfig,
+    TransferConfig,
+    transfer_of,
 )
 from torchrec_pt.config.training import PretrainConfig, TrainConfig
 
@@ -71,6 +74,7 @@ __all__ = [
     "Filters",
     "FinetuneConfig",
     "GivenSplit",
+    "InteractionName",
     "ItemPrediction",
     "LeaveOneOutSplit",
     "MaskedItem",
@@ -93,6 +97,8 @@ __all__ = [
     "TaskConfig",
     "TemporalSplit",
     "TrainConfig",
+    "TransferConfig",
     "TransformerConfig",
     "TwoTowerConfig",
+    "transfer_of",
 ]

@@ -17,7 +17,11 @@ class Columns(Section):
     item: str = "item_id"
     timestamp: str | None = None
     rating: str | None = None
-    label: str | None = None
+    label: str | None = Field(
+        None,
+        description="above 0: the user took the item; else it was shown and not taken, which ctr "
+        "learns from and ranking takes as a negative",
+    )
     split: str | None = None
 
 

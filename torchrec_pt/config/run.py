@@ -74,6 +74,15 @@ class RunConfig(Section):
     def _is_a_transformer_unless_said(cls, value: Any) -> Any:
         return {"backbone": "transformer", **value} if isinstance(value, dict) else value
 
+    @model_validator(mode="after")
+    def _starts_from_one_model(self) -> RunConfig:
+        if self.pretrain is not None and self.finetune.start_from is not None:
+            raise ValueError(
+                "finetune.start_from: takes the place of pretraining, and [pretrain] is given "
+                "too; leave one of them out"
+            )
+        return self
+
     @property
     def prepared_dir(self) -> Path:
         return self.data.prepared or self.run_dir / "prepared"

@@ -37,10 +37,12 @@ class PreparedDataset:
         interactions: item ids (N,) int64 in one row per user, their times beside them.
         split: (N,) int8: 0 train, 1 valid, 2 test.
         rating, label: (N,) float32, or None where the raw data had no such column.
+        A row of label 0 is an impression: an item that was shown and not taken. It is no part of
+        histories, targets and counts.
         timestamp: (N,) float64, or None.
         interaction_features: N rows of the configured features of interactions, typed as in
             `prepare`; without columns where there are none.
-        item_counts: (num_items,) int64: training interactions of each item, of all users.
+        item_counts: (num_items,) int64: how often each item was taken in training, by all users.
     """
 
     path: Path
@@ -147,16 +149,23 @@ class PreparedDataset:
 
     @property
     def num_trained_items(self) -> int:
-        """Items with a training interaction; dense ids count these first."""
+        """Items that were taken in training; dense ids count these first."""
         return int((self.item_counts > 0).sum())
 
+    @cached_property
+    def is_taken(self) -> Tensor:
+        """(N,) bool: which rows are interactions, not mere impressions."""
+        if self.label is None:
+            return torch.ones_like(self.split, dtype=torch.bool)
+        return self.label > 0
+
     def history(self, through: Literal["train", "valid", "test"]) -> Jagged:
-        """Item ids of each user in time order, of this split and the ones before it."""
-        return self.interactions.filter(self.split <= SPLIT_CODES[through])
+        """Items that each user took, in time order, of this split and the ones before it."""
+        return self.interactions.filter(self.is_taken & (self.split <= SPLIT_CODES[through]))
 
     def targets(self, split: Literal["valid", "test"]) -> Jagged:
-        """Item ids of each user in exactly this split, in time order; a row may be empty."""
-        return self.interactions.filter(self.split == SPLIT_CODES[split])
+        """Items that each user took in exactly this split, in time order; a row may be empty."""
+        return self.interactions.filter(self.is_taken & (self.split == SPLIT_CODES[split]))
 
     def user_index(self, external_id: str | int) -> int:
         """Place of one of this rank's users; "196" and 196 name the same one.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchrec_pt import rng
 from torchrec_pt.data.batch import Rows, rows_of_users
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.splits import TRAIN
 from torchrec_pt.distributed import Ranks
 
 # The users of a part are shuffled, cut into chunks for so many batches, and sorted by length inside
@@ -29,6 +30,8 @@ class HistoryLoader:
         dataset: the parts of this rank.
         batch_size: rows of a global batch, over all ranks together.
         max_length: histories longer than this count as this long when sorting.
+        with_impressions: users of whom training knows impressions alone have a turn, too, with an
+            empty history.
     """
 
     def __init__(
@@ -39,15 +42,22 @@ class HistoryLoader:
         max_length: int,
         seed: int,
         ranks: Ranks,
+        with_impressions: bool = False,
     ) -> None:
         self.histories = dataset.history("train")
         self.batch_size = batch_size
         self.seed = seed
         self.ranks = ranks
         self._capped_lengths = self.histories.lengths.clamp(max=max_length)
-        self._users = torch.nonzero(self.histories.lengths > 0).squeeze(1)
+        trains = self.histories.lengths > 0
+        if with_impressions:
+            trains = dataset.interactions.filter(dataset.split == TRAIN).lengths > 0
+        self._users = torch.nonzero(trains).squeeze(1)
         self._part_of_user = dataset.part_of_user[self._users]
-        self._sizes = torch.tensor([part.num_training for part in dataset.manifest.parts])
+        parts = dataset.manifest.parts
+        self._sizes = torch.tensor(
+            [part.num_training if with_impressions else part.num_taking for part in parts]
+        )
         own = torch.bincount(self._part_of_user, minlength=len(self._sizes))
         self._begins = own.cumsum(0) - own  # of each part, in the order of an epoch
         self.num_users = int(self._sizes.sum())

@@ -12,7 +12,7 @@ from torchrec_pt.config import Columns, Feature, Filters, Section, Split
 from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.splits import fewest_to_evaluate
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST_NAME = "manifest.json"
 
 
@@ -60,20 +60,23 @@ class Dropped(Section):
 class Part(Section):
     """Consecutive users and their rows: one row group of users.parquet and interactions.parquet.
 
-    A rank reads its own parts. `num_training` counts the users who have a training row.
+    A rank reads its own parts. `num_training` counts the users who have a training row,
+    `num_taking` those who took an item in training.
     """
 
     num_users: int
     num_rows: int
     num_training: int
+    num_taking: int
 
 
 class Manifest(Section):
     """The content of manifest.json.
 
-    `num_repeats` counts interactions that repeat an earlier one of their user and item;
-    `num_short_users` the users with fewer interactions than the split needs to evaluate them;
-    `files` gives the size in bytes of the files beside it.
+    `num_impressions` counts the rows of label 0 or less: shown, not taken. `num_taken_valid` and
+    `num_taken_test` are the other rows of these splits. `num_repeats` counts taken items that
+    their user took before; `num_short_users` the users with fewer interactions than the split
+    needs to evaluate them; `files` gives the size in bytes of the files beside it.
     """
 
     format_version: int
@@ -87,6 +90,9 @@ class Manifest(Section):
     num_train: int
     num_valid: int
     num_test: int
+    num_taken_valid: int
+    num_taken_test: int
+    num_impressions: int
     num_repeats: int
     num_short_users: int
     split: Split
@@ -107,6 +113,12 @@ def notices(manifest: Manifest) -> list[str]:
             f"{fewest} interactions: they train but are not evaluated; "
             f"data.filters.user_core = {fewest} drops them"
         )
+    if manifest.num_impressions:
+        lines.append(
+            f"{manifest.num_impressions:,} of {manifest.num_interactions:,} rows have label 0: "
+            "shown and not taken, so no part of histories and rankings; ctr reads them, and "
+            "finetune.ranking takes them as negatives"
+        )
     if manifest.num_repeats:
         lines.append(
             f"{manifest.num_repeats:,} interactions repeat an earlier one of the same user and "
@@ -116,13 +128,18 @@ def notices(manifest: Manifest) -> list[str]:
 
 
 def require_rows(manifest: Manifest, part: Literal["validation", "test"]) -> None:
-    """What trains needs validation rows, what evaluates needs test rows.
+    """What trains needs validation rows, what evaluates needs test rows: items that were taken.
 
     Raises:
         DataError: the split left none.
     """
-    if manifest.num_valid if part == "validation" else manifest.num_test:
+    if manifest.num_taken_valid if part == "validation" else manifest.num_taken_test:
         return
+    if manifest.num_valid if part == "validation" else manifest.num_test:
+        raise DataError(
+            f"data.split: {manifest.split.rule} leaves {part} rows of label 0 alone, and nothing "
+            "to rank; change the split, such as to temporal or ratio"
+        )
     fewest = fewest_to_evaluate(manifest.split)
     if fewest > 1 and manifest.num_short_users == manifest.num_users:
         raise DataError(

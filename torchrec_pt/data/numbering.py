@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from torchrec_pt.data.errors import DataError
-from torchrec_pt.data.splits import TRAIN, time_order
+from torchrec_pt.data.splits import TRAIN, is_taken, time_order
 
 
 def renumber(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
@@ -14,10 +14,11 @@ def renumber(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFra
     Returns:
         The interactions, sorted by user, then time; then users in the order of their `row`, items
         by descending `count`, ties in the order of `row`, those that never train last. Both have
-        `external_id`, `count` (of training rows) and `row`, the first training row (else the first
-        row), by place in the raw files.
+        `external_id`, `count` (of training rows that are no mere impressions), `trains` (whether
+        there is a training row at all) and `row`, the first training row (else the first row), by
+        place in the raw files.
     """
-    users = _entities(rows, "user").sort(pl.col("count") == 0, "row")
+    users = _entities(rows, "user").sort(~pl.col("trains"), "row")
     items = _entities(rows, "item").sort("count", "row", descending=[True, False])
     for name, table in (("user", users), ("item", items)):
         dense = table.select(
@@ -46,13 +47,14 @@ def append_unseen(items: pl.DataFrame, features: pl.LazyFrame | None) -> pl.Data
     unseen = features.select("external_id").join(
         items.lazy(), on="external_id", how="anti", maintain_order="left"
     )
-    counted = unseen.with_columns(count=pl.lit(0, pl.Int64)).collect(engine="streaming")
-    return pl.concat([items, counted], how="diagonal")
+    counted = unseen.with_columns(count=pl.lit(0, pl.Int64), trains=False)
+    return pl.concat([items, counted.collect(engine="streaming")], how="diagonal")
 
 
 def _entities(rows: pl.DataFrame, of: str) -> pl.DataFrame:
     trains, row = pl.col("split") == TRAIN, pl.col("row")
     return rows.group_by(pl.col(of).alias("external_id")).agg(
-        count=trains.sum().cast(pl.Int64),
+        count=(trains & is_taken(rows)).sum().cast(pl.Int64),
+        trains=trains.any(),
         row=pl.coalesce(row.filter(trains).min(), row.min()),
     )

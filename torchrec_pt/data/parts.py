@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from torchrec_pt.data.manifest import Part
-from torchrec_pt.data.splits import TRAIN
+from torchrec_pt.data.splits import TRAIN, is_taken
 
 # Both are divided by the usual numbers of ranks. A part has 512 users or more where it can.
 FEWEST_PARTS, MOST_PARTS = 12, 192
@@ -29,7 +29,9 @@ def cut_parts(rows: pl.DataFrame) -> tuple[Part, ...]:
         rows: interactions of dense users, who train if the ones after them do; sorted by user.
     """
     users = rows.group_by("user", maintain_order=True).agg(
-        num_rows=pl.len(), trains=(pl.col("split") == TRAIN).any()
+        num_rows=pl.len(),
+        trains=(pl.col("split") == TRAIN).any(),
+        takes=((pl.col("split") == TRAIN) & is_taken(rows)).any(),
     )
     num_training = int(users["trains"].sum())
     num_parts = FEWEST_PARTS
@@ -41,6 +43,7 @@ def cut_parts(rows: pl.DataFrame) -> tuple[Part, ...]:
             num_users=part.height,
             num_rows=int(part["num_rows"].sum()),
             num_training=int(part["trains"].sum()),
+            num_taking=int(part["takes"].sum()),
         )
         for some in (training, others)
         for part in _equal_cuts(some, num_parts)

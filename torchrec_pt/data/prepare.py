@@ -30,7 +30,14 @@ from torchrec_pt.data.numbering import append_unseen, renumber
 from torchrec_pt.data.parts import cut_parts, write_row_groups
 from torchrec_pt.data.readers import RawData, read_raw
 from torchrec_pt.data.sources import find_sources
-from torchrec_pt.data.splits import TEST, TRAIN, VALID, assign_splits, fewest_to_evaluate
+from torchrec_pt.data.splits import (
+    TEST,
+    TRAIN,
+    VALID,
+    assign_splits,
+    fewest_to_evaluate,
+    is_taken,
+)
 from torchrec_pt.data.text_encoder import Encode, TextEncoder, find_encoders, load_encoder
 from torchrec_pt.data.text_vectors import write_text_vectors
 from torchrec_pt.files import sha256
@@ -44,8 +51,8 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
     The folder appears whole or not at all, with manifest.json and
         users.parquet         row = dense user id (order of first training row in the raw files);
                               external_id, features
-        items.parquet         row = dense item id (descending training count, then order of first
-                              training row); external_id, count (training only), features
+        items.parquet         row = dense item id (descending count, then order of first training
+                              row); external_id, count (how often taken in training), features
         interactions.parquet  user, item (dense, Int32), timestamp, rating, label, split (Int8:
                               0 train, 1 valid, 2 test), features; sorted by user, then time,
                               then place in the raw files
@@ -89,6 +96,7 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
                 write_row_groups(folder / name, table, heights.get(name, [table.height]))
             summaries = _encode_texts(folder, tables, parts, summaries, loaded)
             split, num_of_user = rows["split"], rows.group_by("user").len()["len"]
+            taken = rows.filter(is_taken(rows))
             manifest = Manifest(
                 format_version=FORMAT_VERSION,
                 fingerprint=fingerprint,
@@ -101,7 +109,10 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
                 num_train=int((split == TRAIN).sum()),
                 num_valid=int((split == VALID).sum()),
                 num_test=int((split == TEST).sum()),
-                num_repeats=rows.height - rows.select("user", "item").n_unique(),
+                num_taken_valid=int((taken["split"] == VALID).sum()),
+                num_taken_test=int((taken["split"] == TEST).sum()),
+                num_impressions=rows.height - taken.height,
+                num_repeats=taken.height - taken.select("user", "item").n_unique(),
                 num_short_users=int((num_of_user < fewest_to_evaluate(config.split)).sum()),
                 split=config.split,
                 filters=config.filters,
@@ -125,18 +136,21 @@ def _build_tables(
     interactions, dropped = apply_filters(interactions, config.filters)
     interactions = assign_splits(interactions, config.split, seed)
     interactions, users, items = renumber(interactions)
+    if not items["count"].sum():
+        raise DataError(
+            "data.columns.label: no training row has a label above 0, so nothing was taken; name "
+            "the column that tells clicks from impressions, or change the split"
+        )
     with reading(config.path, raw.sources):
         if config.keep_unseen_items:
             items = append_unseen(items, raw.items)
+        trains = {"user": users["trains"], "item": items["trains"]}
+        users, items = users.drop("trains"), items.drop("trains")
         users, items = join_features(users, raw.users), join_features(items, raw.items)
     tables, summaries, vocabulary = describe_features(
         config.features,
         {"user": users, "item": items, "interaction": interactions},
-        in_training={
-            "user": users["count"] > 0,
-            "item": items["count"] > 0,
-            "interaction": interactions["split"] == TRAIN,
-        },
+        in_training={**trains, "interaction": interactions["split"] == TRAIN},
     )
     files = {
         "users.parquet": tables["user"].drop("count", "row"),

@@ -20,6 +20,12 @@ def time_order(interactions: pl.DataFrame) -> list[str]:
     return ["timestamp", "row"] if "timestamp" in interactions.columns else ["row"]
 
 
+def is_taken(rows: pl.DataFrame) -> pl.Expr:
+    """Which rows are interactions; where there are labels, those above 0. Others are impressions:
+    items that were shown and not taken."""
+    return pl.col("label") > 0 if "label" in rows.columns else pl.lit(True)
+
+
 def assign_splits(rows: pl.DataFrame, split: Split, seed: int) -> pl.DataFrame:
     """Set the column `split` (Int8), by rows in the order of the files or of time."""
     rows = rows.sort("user", *time_order(rows))

@@ -50,6 +50,15 @@ class Autoencoder(Backbone):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
+    def layers(self) -> list[dict[str, list[str]]]:
+        embeddings = {
+            "item table": ["items"],
+            "item content": ["content"],
+            "first bias": ["bias"],
+        }
+        hidden = [{f"layer {i + 2}": [f"hidden.{i}"]} for i in range(len(self.hidden))]
+        return [embeddings, *hidden, {"output": ["mean", "log_variance"]}]
+
     def encode_items(self, ids: Tensor, rows: Tensor) -> Tensor:
         return rows[:, self.input_dim :].contiguous()
 
@@ -76,6 +85,7 @@ class Autoencoder(Backbone):
         The divergence is 0 where the model is not variational. Arguments as of `encode_users`;
         the rows of a history may be scaled, by ratings for instance.
         """
+        noise = self.heard(noise)
         read = history.with_values(history.values[:, : self.input_dim])
         if is_masked is not None:
             read = read.filter(~is_masked)

@@ -23,9 +23,12 @@ class Backbone(nn.Module, ABC):
         content: what makes item features part of an item's row; None where none are.
         history_length: newest items of a history that `encode_users` reads; callers cut.
         reads_times: whether the times of a history make a difference.
+        is_frozen: whether it keeps its pretrained values; it then drops nothing and
+            stays in evaluation mode.
     """
 
     reads_times = False
+    is_frozen = False
 
     def __init__(
         self,
@@ -47,11 +50,23 @@ class Backbone(nn.Module, ABC):
         Args:
             noise: of row_dropout, one row an item; None outside training.
         """
-        return rows if self.content is None else self.content(ids, rows, noise)
+        return rows if self.content is None else self.content(ids, rows, self.heard(noise))
+
+    def heard(self, noise: RowNoise | None) -> RowNoise | None:
+        """What the randomness of a step comes to: a frozen backbone has none."""
+        return None if self.is_frozen else noise
 
     def scaled(self, vectors: Tensor) -> Tensor:
         """As they are compared: (N, D) of length 1 where `similarity` is the cosine."""
         return F.normalize(vectors, dim=1) if self.is_cosine else vectors
+
+    @abstractmethod
+    def layers(self) -> list[dict[str, list[str]]]:
+        """The groups of layers that transfer tells apart, from the bottom to the top.
+
+        A group is the names of its parts, and of each part those of its modules and parameters;
+        every parameter of the backbone is in one of them.
+        """
 
     @abstractmethod
     def encode_items(self, ids: Tensor, rows: Tensor) -> Tensor:

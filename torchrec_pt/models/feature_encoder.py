@@ -26,8 +26,8 @@ class FeatureEncoder(nn.Module):
         super().__init__()
         self.dim = dim
         self.num_fields = features.num_fields
-        self._tables = {c: _module_name(features.of, c) for c in features.categorical}
-        self._layers = {c: _module_name(features.of, c) for c in features.dense}
+        self._tables = {c: module_name(features.of, c) for c in features.categorical}
+        self._layers = {c: module_name(features.of, c) for c in features.dense}
         self.tables: EmbeddingBagCollection | None = None
         if self._tables:
             configs = [
@@ -83,7 +83,7 @@ class FeatureEncoder(nn.Module):
         return Jagged(self.get_buffer(f"{name}_values"), self.get_buffer(f"{name}_offsets"))
 
 
-def _module_name(of: str, column: str) -> str:
+def module_name(of: str, column: str) -> str:
     """A name that a module may bear, another one for every column: odd characters are encoded."""
     odd = re.sub(r"[^\w-]", lambda found: f"%{ord(found[0]):X}%", column)
     return f"{of}_{odd}"

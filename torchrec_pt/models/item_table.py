@@ -17,6 +17,10 @@ class ItemTable(nn.Module):
 
     Built on the meta device: `sharding.shard` decides where the rows live and then fills
     them by row number, so that every placement starts from the same values.
+
+    Attributes:
+        is_frozen: whether a step's lookup has no gradient, so that a fused optimizer, whose state
+            would move at a learning rate of 0 too, does nothing.
     """
 
     def __init__(self, num_items: int, dim: int) -> None:
@@ -24,6 +28,7 @@ class ItemTable(nn.Module):
         self.num_items = num_items
         self.dim = dim
         self.is_pooled = False
+        self.is_frozen = False
         config = EmbeddingConfig(
             name=ITEM, num_embeddings=num_items, embedding_dim=dim, feature_names=[ITEM]
         )

@@ -67,6 +67,16 @@ class Transformer(Backbone):
             nn.init.normal_(self.relative.distance, std=0.02)
             nn.init.normal_(self.relative.elapsed, std=0.02)
 
+    def layers(self) -> list[dict[str, list[str]]]:
+        embeddings = {
+            "item table": ["items"],
+            "item content": ["content"],
+            "positions, [MASK]": ["position", "relative", "mask"],
+        }
+        blocks = [{f"block {i + 1}": [f"blocks.{i}"]} for i in range(len(self.blocks))]
+        blocks[-1]["norm"] = ["norm"]
+        return [embeddings, *blocks]
+
     def encode_items(self, ids: Tensor, rows: Tensor) -> Tensor:
         return self.scaled(rows)
 
@@ -107,7 +117,7 @@ class Transformer(Backbone):
         if self.relative is not None:
             times = _visible_times(tokens, is_masked)
             attention.add(self.relative(tokens, times, attention.longest))
-        drop = RowDropout(self.dropout, noise, "dropout", row, slot)
+        drop = RowDropout(self.dropout, self.heard(noise), "dropout", row, slot)
         x = drop(x)
         for block in self.blocks:
             x = block(x, attention, drop)

@@ -44,7 +44,20 @@ class TwoTower(Backbone):
 
     def represent(self, ids: Tensor, rows: Tensor, noise: RowNoise | None = None) -> Tensor:
         """Rows, some of them hidden; the item tower reads the features."""
-        return rows if self.hiding is None else self.hiding(ids, rows, noise)
+        return rows if self.hiding is None else self.hiding(ids, rows, self.heard(noise))
+
+    def layers(self) -> list[dict[str, list[str]]]:
+        embeddings = {
+            "item table": ["items"],
+            "item content": ["item_features"],
+            "user features": ["user_features"],
+        }
+        towers = ("user_tower", "item_tower")
+        hidden = [
+            {f"layer {i + 1}": [f"{tower}.hidden.{i}" for tower in towers]}
+            for i in range(len(self.user_tower.hidden))
+        ]
+        return [embeddings, *hidden, {"output": [f"{tower}.out" for tower in towers]}]
 
     def encode_items(self, ids: Tensor, rows: Tensor) -> Tensor:
         return self.scaled(self.item_tower(rows, self.item_features(ids)))
@@ -60,7 +73,7 @@ class TwoTower(Backbone):
         if is_masked is not None:
             history = history.filter(~is_masked)
         place = torch.arange(len(users), device=users.device)
-        drop = RowDropout(self.dropout, noise, "two_tower.dropout", place, 0 * place)
+        drop = RowDropout(self.dropout, self.heard(noise), "two_tower.dropout", place, 0 * place)
         user = self.user_tower(drop(mean_of_rows(history)), self.user_features(users), drop)
         return self.scaled(user)
 

@@ -63,7 +63,7 @@ class AutoencoderObjective(nn.Module):
         self.needs_catalogue = config.values == "binary"
         self.kl_weight = KL_WEIGHT if config.kl_weight is None else config.kl_weight
         if config.values == "rating":
-            is_train = dataset.split == TRAIN
+            is_train = (dataset.split == TRAIN) & dataset.is_taken
             self._items = dataset.interactions.values
             self._ratings = standardized(dataset.rating, is_train)
             rows = torch.arange(len(is_train))

@@ -1,14 +1,13 @@
 """What the tasks that judge a user–item pair share: which rows are asked, and the prediction.
 
-A training row is judged from what its user did before it. One cut through a user's training
-rows serves several rows after it (as PinnerFormer's dense all-action loss, Pancha et al. 2022,
+A training row is judged from what its user did before it, or from all else that its user did. One
+history serves several asked rows (as PinnerFormer's dense all-action loss, Pancha et al. 2022,
 section 3.3): encoding a history is the costly part.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,7 +19,7 @@ from torchrec_pt.data.batch import Draw, Embedded, RowKeys, Rows, rows_of_users
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.entity_features import load_entity_features
 from torchrec_pt.data.jagged import Jagged
-from torchrec_pt.data.splits import SPLIT_CODES, TRAIN
+from torchrec_pt.data.splits import TRAIN
 from torchrec_pt.distributed import sum_over_ranks
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
@@ -28,33 +27,12 @@ from torchrec_pt.models.dropout import RowDropout
 from torchrec_pt.models.feature_encoder import FeatureEncoder
 from torchrec_pt.models.pair_head import PairHead, Pairs
 from torchrec_pt.objectives.loss_term import LossTerm
+from torchrec_pt.objectives.lots import draw_place
 from torchrec_pt.rng import RowNoise
+from torchrec_pt.tasks.asked import NO_INTERACTION, Asked, held_out_pairs
+from torchrec_pt.tasks.labels import labelled
 
-
-@dataclass(frozen=True)
-class Asked:
-    """Interactions to be judged, by row of interactions.parquet, and what was known before them.
-
-    Attributes:
-        users: (R,) int64, of this rank; −1 for a padding row.
-        known: the interactions of every user that could be known, in time order.
-        num_known: (R,) int64, how many of its user's were before the asked ones.
-        targets: R rows of the interactions that are asked.
-    """
-
-    users: Tensor
-    known: Jagged
-    num_known: Tensor
-    targets: Jagged
-
-    def select(self, rows: Tensor) -> Asked:
-        return Asked(self.users[rows], self.known, self.num_known[rows], self.targets.select(rows))
-
-    def history(self, most: int) -> Jagged:
-        """R rows of the newest known interactions, at most `most` each."""
-        lengths = self.num_known.clamp(max=most)
-        start = self.known.offsets[self.users.clamp(min=0)] + self.num_known - lengths
-        return self.known.slices(start, lengths)
+_ENTITIES: tuple[Literal["user", "item", "interaction"], ...] = ("user", "item", "interaction")
 
 
 class PairTask(nn.Module, ABC):
@@ -62,29 +40,52 @@ class PairTask(nn.Module, ABC):
 
     Args:
         labels: (N,) float32, one an interaction.
+        seed: of the run; draws the labels that `label_fraction` leaves.
     """
 
     name: str
+    _deviation: Tensor
+    _count: Tensor
     scale = 1.0
     needs_catalogue = False
 
     def __init__(
-        self, config: PairConfig, model: ModelConfig, dataset: PreparedDataset, labels: Tensor
+        self,
+        config: PairConfig,
+        model: ModelConfig,
+        dataset: PreparedDataset,
+        labels: Tensor,
+        *,
+        seed: int,
     ) -> None:
         super().__init__()
+        if model.dim % config.attention_heads:
+            raise ValueError(
+                f"finetune.{self.name}.attention_heads: must divide model.dim ({model.dim}), given "
+                f"{config.attention_heads}; use a power of 2"
+            )
         self.config = config
-        self.history_length = model.history_length
-        is_train = dataset.split == TRAIN
+        self.dataset = dataset
+        self.history_length = config.context_length or model.history_length
+        self._encoded_length = model.history_length
         self._items = dataset.interactions.values
         self.labels = labels
-        rows = torch.arange(len(labels))
-        self._train = dataset.interactions.with_values(rows).filter(is_train)
-        self.mean = mean_over_ranks(labels[is_train])
+        is_labelled = labelled(dataset, config.label_fraction, seed)
+        # What a history tells of its labels; NaN where nothing is known.
+        self._told = torch.where(is_labelled, labels, torch.nan)
+        rows = dataset.interactions.with_values(torch.arange(len(labels)))
+        is_train = dataset.split == TRAIN
+        self._train = rows.filter(is_train)
+        self._place = is_train.cumsum(0) - 1 - self._train.offsets[rows.rows]
+        self._askable = rows.filter(is_train & is_labelled)
+        asked = self._askable.values
+        self.mean = self._mean_label(labels[asked])
         self.shrinkage = config.shrinkage / self.information
-        biases = item_biases(
-            self._items[is_train], labels[is_train], self.mean, dataset.num_items, self.shrinkage
-        )
-        self.item_bias = nn.Embedding.from_pretrained(biases.unsqueeze(1), freeze=False)
+        deviations = self._deviations(labels[asked], self._items[asked])
+        self.register_buffer("_deviation", deviations[0], persistent=False)
+        self.register_buffer("_count", deviations[1], persistent=False)
+        self.item_bias = nn.Embedding(dataset.num_items, 1)
+        nn.init.zeros_(self.item_bias.weight)
         encoders: dict[str, FeatureEncoder] = {
             of: FeatureEncoder(load_entity_features(dataset, of), model.dim) for of in _ENTITIES
         }
@@ -94,6 +95,8 @@ class PairTask(nn.Module, ABC):
             model.dim,
             num_fields,
             config.hidden_dims,
+            interactions=config.interactions,
+            num_heads=config.attention_heads,
             shrinkage=self.shrinkage,
             attention_weight=0.5 * self.information,
         )
@@ -114,35 +117,89 @@ class PairTask(nn.Module, ABC):
         """(P,) prediction in the unit of the labels."""
 
     @abstractmethod
-    def losses(self, linked: Tensor, labels: Tensor) -> Tensor:
-        """(P,)"""
+    def total_loss(self, linked: Tensor, labels: Tensor) -> Tensor:
+        """0-dim, summed over this rank's pairs; its gradient is that of the sum over all ranks."""
+
+    def _mean_label(self, labels: Tensor) -> float:
+        return mean_over_ranks(labels)
+
+    def _deviations(self, labels: Tensor, items: Tensor) -> Tensor:
+        return label_sums(items, labels.double() - self.mean, self.dataset.num_items)
 
     # --- drawing ---------------------------------------------------------------------------
 
     def draw(self, rows: Rows) -> Draw:
-        copies = self.config.cuts_per_user
-        keys = rows.copies(copies)
-        trained = rows_of_users(self._train, keys.users)
-        lengths = trained.lengths
+        keys = rows.copies(self.config.cuts_per_user)
+        if self.config.context == "others":
+            history, targets = self._draw_among_all(keys)
+        else:
+            history, targets = self._draw_after_cut(keys)
+        items, interactions = self.beside(
+            keys, targets.with_values(self._items[targets.values]), targets.values
+        )
+        return self._draw_pairs(history.tail(self.history_length), items, interactions)
+
+    def beside(self, keys: RowKeys, targets: Jagged, interactions: Tensor) -> tuple[Jagged, Tensor]:
+        """What is asked in training: the targets (items) and what a task draws beside them."""
+        return targets, interactions
+
+    def _draw_after_cut(self, keys: RowKeys) -> tuple[Jagged, Jagged]:
+        """(what stands before, what is asked), rows of interactions.parquet."""
+        askable = rows_of_users(self._askable, keys.users)
+        lengths = askable.lengths
         lot = keys.noise.per_row(f"{self.name}.cut", 1).squeeze(1)
-        cut = (lot * lengths).long().minimum((lengths - 1).clamp(min=0))
-        num_targets = (lengths - cut).clamp(max=self.config.targets_per_cut)
-        targets = trained.windows(cut, num_targets)
-        return self.draw_asked(Asked(keys.users, self._train, cut, targets))
+        cut = draw_place(lot, (lengths - 1).clamp(min=0))
+        targets = askable.windows(cut, (lengths - cut).clamp(max=self.config.targets_per_cut))
+        num_before = torch.zeros_like(lengths)
+        is_asked = targets.lengths > 0
+        num_before[is_asked] = self._place[targets.values[targets.offsets[:-1][is_asked]]]
+        before = rows_of_users(self._train, keys.users)
+        return before.windows(0 * num_before, num_before), targets
+
+    def _draw_among_all(self, keys: RowKeys) -> tuple[Jagged, Jagged]:
+        """The same where asked rows lie anywhere; at most half of a user's labels are asked."""
+        rows = rows_of_users(self._train, keys.users)
+        is_askable = ~self._told[rows.values].isnan()
+        lots = keys.noise.per_token(f"{self.name}.asked", rows.rows, rows.positions)
+        order = torch.where(is_askable, lots, 2.0).argsort(stable=True)
+        order = order[rows.rows[order].argsort(stable=True)]
+        num_askable = torch.zeros_like(rows.lengths).index_add(0, rows.rows, is_askable.long())
+        num_asked = ((num_askable + 1) // 2).clamp(max=self.config.targets_per_cut)
+        is_asked = torch.zeros_like(is_askable)
+        is_asked[order] = rows.positions < num_asked[rows.rows]
+        others = rows.filter(~is_asked & (num_asked > 0)[rows.rows])
+        return others, rows.filter(is_asked)
+
+    def held_out(self, split: Literal["valid", "test"]) -> Asked:
+        """What this rank's users are asked of a split."""
+        return held_out_pairs(self.dataset, split, self.config.context)
 
     def draw_asked(self, asked: Asked) -> Draw:
-        history, targets = asked.history(self.history_length), asked.targets
+        history = asked.history(self.history_length)
+        return self._draw_pairs(history, asked.targets, asked.interactions)
+
+    def _draw_pairs(self, history: Jagged, targets: Jagged, interactions: Tensor) -> Draw:
+        """`history`: rows of interactions.parquet; `targets`: items."""
+        tensors = {
+            "history_label": self._told[history.values],
+            "label": self.labels_of(interactions),
+            "interaction": interactions,
+        }
+        times = self.dataset.timestamp
+        if times is not None:
+            tensors["history_time"] = times[history.values]
+            tensors["time"] = torch.where(interactions >= 0, times[interactions], torch.nan)
         return Draw(
             lookups={
                 "history": history.with_values(self._items[history.values]),
-                "target": targets.with_values(self._items[targets.values]),
+                "target": targets,
             },
-            tensors={
-                "history_label": self.labels[history.values],
-                "label": self.labels[targets.values],
-                "interaction": targets.values,
-            },
+            tensors=tensors,
         )
+
+    def labels_of(self, interactions: Tensor) -> Tensor:
+        """(P,) float32; what was drawn and never happened is 0."""
+        return torch.where(interactions == NO_INTERACTION, 0.0, self.labels[interactions])
 
     # --- prediction ------------------------------------------------------------------------
 
@@ -151,36 +208,67 @@ class PairTask(nn.Module, ABC):
     ) -> LossTerm:
         keys = keys.copies(self.config.cuts_per_user)
         label = drawn.tensors["label"]
-        linked = self._linked(backbone, drawn, keys.users, keys.noise)
-        return LossTerm(self.losses(linked, label).sum(), label.new_tensor(float(len(label))))
+        # Without the asked label itself, which a held-out pair's bias does not know either.
+        own = torch.where(drawn.tensors["interaction"] == NO_INTERACTION, torch.nan, label)
+        linked = self._linked(backbone, drawn, keys.users, keys.noise, own)
+        return LossTerm(self.total_loss(linked, label), label.new_tensor(float(len(label))))
 
     def predict(self, backbone: Backbone, drawn: Embedded, users: Tensor) -> Tensor:
         """(P,) in the unit of the labels."""
-        return self.final(self._linked(backbone, drawn, users, None))
+        own = torch.full_like(drawn.tensors["label"], torch.nan)
+        return self.final(self._linked(backbone, drawn, users, None, own))
 
     def _linked(
-        self, backbone: Backbone, drawn: Embedded, users: Tensor, noise: RowNoise | None
+        self,
+        backbone: Backbone,
+        drawn: Embedded,
+        users: Tensor,
+        noise: RowNoise | None,
+        own: Tensor,
     ) -> Tensor:
-        """(P,) the formula of `pair_head`."""
+        """(P,) the formula of `pair_head`.
+
+        Args:
+            own: (P,) labels that the items' deviations hold and must not; NaN for none.
+        """
+        tensors = drawn.tensors
         history, target = drawn.ids["history"], drawn.ids["target"]
         rows, target_rows = drawn.vectors["history"], drawn.vectors["target"]
         row = target.rows
-        expected = self.mean + self.item_bias(history.values).squeeze(1).detach()
+        none = torch.full_like(tensors["history_label"], torch.nan)
+        expected = self.mean + self._item_biases(history.values, none).detach()
         fields = [
             self.features["user"](users[row]),
             self.features["item"](target.values),
-            self.features["interaction"](drawn.tensors["interaction"]),
+            self.features["interaction"](tensors["interaction"]),
         ]
         pairs = Pairs(
-            users=backbone.encode_users(users, rows, noise),
-            targets=target.with_values(backbone.encode_items(target.values, target_rows.values)),
-            memory=history.with_values(backbone.encode_items(history.values, rows.values)),
-            residuals=drawn.tensors["history_label"] - expected,
+            users=backbone.encode_users(users, rows.tail(self._encoded_length), noise),
+            targets=Jagged(
+                backbone.encode_items(target.values, target_rows.values),
+                target.offsets,
+                tensors.get("time"),
+            ),
+            memory=Jagged(
+                backbone.encode_items(history.values, rows.values),
+                history.offsets,
+                tensors.get("history_time"),
+            ),
+            residuals=tensors["history_label"] - expected,
             fields=torch.cat(fields, dim=1),
         )
         drop = RowDropout(self.config.dropout, noise, f"{self.name}.dropout", row, target.positions)
         echo, learned = self.head(pairs, drop)
-        return self.link(self.item_bias(target.values).squeeze(1) + echo) + learned
+        return self.link(self._item_biases(target.values, own) + echo) + learned
+
+    def _item_biases(self, items: Tensor, own: Tensor) -> Tensor:
+        """(T,) shrunk mean deviations of the items (T,) without the labels `own`, and what is
+        learned beyond them."""
+        is_own = ~own.isnan()
+        deviation = self._deviation[items] - torch.where(is_own, own - self.mean, 0.0)
+        count = self._count[items] - is_own.float()
+        closed = deviation / (count + self.shrinkage).clamp(min=1)
+        return closed + self.item_bias(items).squeeze(1)
 
     def predict_by_biases(self, asked: Asked) -> Tensor:
         """(P,) prediction from the mean, the item's bias and the user's mean residual alone.
@@ -189,43 +277,20 @@ class PairTask(nn.Module, ABC):
         history, where the head starts from half of that over the newest rows, and half of what
         the attention says.
         """
-        biases = self.item_bias.weight.detach().squeeze(1).cpu().double()
+        biases = (self._deviation / (self._count + self.shrinkage).clamp(min=1)).cpu().double()
         known = asked.known.values
-        residuals = self.labels[known] - self.mean - biases[self._items[known]]
-        sums = torch.cat([residuals.new_zeros(1), _cumsum_in_rows(asked.known, residuals)])
+        residuals = self._told[known] - self.mean - biases[self._items[known]]
+        told = ~residuals.isnan()
+        sums, nums = (
+            torch.cat([x.new_zeros(1), _cumsum_in_rows(asked.known, x)])
+            for x in (residuals.nan_to_num(0.0), told.double())
+        )
         end = asked.known.offsets[asked.users] + asked.num_known
-        user = torch.where(asked.num_known > 0, sums[end], 0.0) / (
-            asked.num_known + self.shrinkage
-        ).clamp(min=1)
-        deviation = user[asked.targets.rows] + biases[self._items[asked.targets.values]]
+        is_known = asked.num_known > 0
+        user = torch.where(is_known, sums[end], 0.0)
+        user = user / (torch.where(is_known, nums[end], 0.0) + self.shrinkage).clamp(min=1)
+        deviation = user[asked.targets.rows] + biases[asked.targets.values]
         return self.final(self.link(deviation)).float()
-
-
-MOST_TARGETS = 64  # more would make a block of rows, padded to the longest, large
-_ENTITIES: tuple[Literal["user", "item", "interaction"], ...] = ("user", "item", "interaction")
-
-
-def held_out_pairs(dataset: PreparedDataset, split: Literal["valid", "test"]) -> Asked:
-    """Every interaction of `split`; its user's earlier ones of the splits before it are known.
-
-    Interactions of one user with the same history share a row, up to MOST_TARGETS of them.
-    """
-    code = SPLIT_CODES[split]
-    rows = torch.arange(len(dataset.split))
-    is_known = dataset.split < code
-    known = dataset.interactions.with_values(rows).filter(is_known)
-    num_known_before = is_known.cumsum(0) - is_known.long()
-    asked = torch.nonzero(dataset.split == code).squeeze(1)
-    user, before = dataset.interactions.rows[asked], num_known_before[asked]
-    key = user * (len(rows) + 1) + before
-    _, counts = torch.unique_consecutive(key, return_counts=True)
-    place = Jagged.from_lengths(asked, counts).positions
-    piece = torch.stack([key, place // MOST_TARGETS])
-    _, counts = torch.unique_consecutive(piece, dim=1, return_counts=True)
-    targets = Jagged.from_lengths(asked, counts)
-    first = targets.offsets[:-1]
-    users = user[first]
-    return Asked(users, known, before[first] - known.offsets[users], targets)
 
 
 def _cumsum_in_rows(jagged: Jagged, values: Tensor) -> Tensor:
@@ -249,15 +314,8 @@ def mean_over_ranks(labels: Tensor) -> float:
     return total / num
 
 
-def item_biases(
-    items: Tensor, labels: Tensor, mean: float, num_items: int, shrinkage: float
-) -> Tensor:
-    """(num_items,) float32: each item's shrunk mean deviation from the mean label, over all ranks.
-
-    Args:
-        items: (N,) int64.  labels: (N,) float32; of this rank's training interactions.
-    """
-    sums = torch.zeros(num_items, dtype=torch.float64).index_add(0, items, labels.double())
-    sums = sum_over_ranks(sums)
-    counts = sum_over_ranks(torch.bincount(items, minlength=num_items))
-    return ((sums - mean * counts) / (counts + shrinkage).clamp(min=1)).float()
+def label_sums(items: Tensor, values: Tensor, num_items: int) -> Tensor:
+    """(2, num_items) float32: the sum of each item's values (N,) and their number, of all ranks."""
+    sums = torch.zeros(num_items, dtype=torch.float64).index_add(0, items, values.double())
+    counts = torch.bincount(items, minlength=num_items)
+    return sum_over_ranks(torch.stack([sums, counts.double()])).float()
