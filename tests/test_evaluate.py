@@ -19,7 +19,7 @@ from torchrec_pt.config import TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, joined_ranks
-from torchrec_pt.evaluate import HeldOut, held_out, rank_targets, rank_targets_twice
+from torchrec_pt.evaluate import HeldOut, held_out, rank_and_list, rank_targets
 from torchrec_pt.metrics import ranking_metrics
 from torchrec_pt.scoring import ModelScorer, top_items
 
@@ -79,16 +79,24 @@ def _asked(num_targets: int) -> tuple[Tensor, HeldOut]:
     return scores, HeldOut(users, _jagged(seen), _jagged(targets))
 
 
-def _naive_ranks(scores: Tensor, asked: HeldOut) -> list[list[int]]:
-    ranks = []
+def _full_sorts(scores: Tensor, asked: HeldOut) -> list[list[int]]:
+    """Of each asked user all candidates, best first."""
+    orders = []
     for user, seen, targets in zip(
         asked.users.tolist(), _rows(asked.seen), _rows(asked.targets), strict=True
     ):
         candidates = (set(range(NUM_ITEMS)) - set(seen)) | set(targets)
         row = scores[user].tolist()
-        order = sorted(candidates, key=lambda item: (-row[item], item))
-        ranks.append([order.index(item) + 1 for item in targets])
-    return ranks
+        orders.append(sorted(candidates, key=lambda item, row=row: (-row[item], item)))
+    return orders
+
+
+def _naive_ranks(scores: Tensor, asked: HeldOut) -> list[list[int]]:
+    orders = _full_sorts(scores, asked)
+    return [
+        [order.index(item) + 1 for item in targets]
+        for order, targets in zip(orders, _rows(asked.targets), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
@@ -112,10 +120,9 @@ def test_ranks_among_candidates_are_those_of_a_full_sort(
         for _ in asked.targets.values
     ]
     parts = torch.arange(len(asked.users)) // 10
-    over_all, among = rank_targets_twice(
-        _Scores(scores), asked, _jagged(candidates), parts, NUM_ITEMS, ranks, batch_size
-    )
-    assert _rows(over_all) == _naive_ranks(scores, asked)
+    block = (parts, NUM_ITEMS, ranks, batch_size)
+    found = rank_and_list(_Scores(scores), asked, *block, candidates=_jagged(candidates))
+    assert _rows(found.ranks) == _naive_ranks(scores, asked)
     expected = []
     for user, target, others in zip(
         asked.users[asked.targets.rows].tolist(),
@@ -127,8 +134,25 @@ def test_ranks_among_candidates_are_those_of_a_full_sort(
         listed = np.array(sorted({*others, target}))
         order = listed[np.lexsort((listed, -row[listed]))]
         expected.append(order.tolist().index(target) + 1)
-    assert among.values.tolist() == expected
-    assert torch.equal(among.offsets, asked.targets.offsets)
+    assert found.among.values.tolist() == expected
+    assert torch.equal(found.among.offsets, asked.targets.offsets)
+
+
+@pytest.mark.parametrize("k", [1, 4, NUM_ITEMS, NUM_ITEMS + 3])
+def test_lists_are_the_heads_of_a_full_sort_however_many_candidates_there_are(
+    ranks: Ranks, k: int
+) -> None:
+    scores, asked = _asked(6)
+    scores -= 2  # 0 and −0 tie, and so do negative scores
+    scores[::4] = torch.where(scores[::4] == 0, -0.0, scores[::4])
+    scores[4, ::2] = -0.0
+    parts = torch.arange(len(asked.users)) // 10
+    found = rank_and_list(_Scores(scores), asked, parts, NUM_ITEMS, ranks, 7, k=k)
+    orders = _full_sorts(scores, asked)
+    assert _rows(found.lists) == [order[:k] for order in orders]
+    assert min(map(len, orders)) < 4  # of somebody all candidates fit
+    for order, places in zip(_rows(found.lists), _rows(found.ranks), strict=True):
+        assert max(places) > k or len(order) >= max(places)
 
 
 def test_a_target_that_was_seen_before_is_a_candidate(ranks: Ranks) -> None:
@@ -263,6 +287,13 @@ def test_top_items_are_the_head_of_a_full_sort_without_the_seen(ranks: Ranks) ->
         assert torch.equal(values[row], scores[user, order[:4]])
     unhidden, _ = top_items(_Scores(scores), users, None, NUM_ITEMS, NUM_ITEMS, ranks)
     assert torch.equal(unhidden, scores[users].argsort(dim=1, descending=True))
+
+
+def test_top_items_of_equal_scores_come_by_dense_id_with_their_scores(ranks: Ranks) -> None:
+    scores = torch.tensor([[-1.5, 2, -0.0, 0, 2, -torch.inf, -1.5]])
+    ids, values = top_items(_Scores(scores), torch.tensor([0]), None, 7, 7, ranks)
+    assert ids.tolist() == [[1, 4, 2, 3, 0, 6, 5]]
+    assert torch.equal(values, scores.gather(1, ids))
 
 
 def test_top_items_say_where_candidates_ran_out(ranks: Ranks) -> None:

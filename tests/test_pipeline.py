@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from tests.conftest import FEATURES, tiny_config
+from tests.conftest import FEATURES, NUM_ITEMS, NUM_USERS, tiny_config
 from torchrec_pt import Recommender, cli, export_embeddings, pipeline
 from torchrec_pt.build import Built, build_learner
 from torchrec_pt.checkpoint import Checkpoint
@@ -81,15 +82,46 @@ def test_the_table_has_every_model_and_the_fine_tuned_one_learned_the_circle(
 def test_every_task_has_its_control_and_their_paired_difference(finished: RunConfig) -> None:
     written = json.loads((finished.run_dir / "evaluate/result.json").read_text())
     assert list(written) == ["ranking", "sampled_ranking", "ctr", "rating"]
-    for task, metric_names in (("ctr", ["auc", "logloss"]), ("rating", ["rmse", "mae"])):
+    clicks = ["auc", "gauc", "logloss", "ne", "calibration", "ece"]
+    for task, metric_names in (("ctr", clicks), ("rating", ["rmse", "mae"])):
         metrics, control = written[task]["metrics"], written[task]["control"]
         assert list(metrics) == ["biases", "scratch", "fine-tuned"]
+        assert list(metrics["biases"]) == list(control) == metric_names
         for name in metric_names:
             difference, half_width = control[name]
-            assert difference == pytest.approx(
-                metrics["fine-tuned"][name] - metrics["scratch"][name]
-            )
+            a, b = metrics["fine-tuned"][name], metrics["scratch"][name]
+            if name == "gauc":  # leave-one-out: no user has two rows
+                assert all(map(math.isnan, (difference, half_width, a, b)))
+                continue
+            gap = abs(math.log(a)) - abs(math.log(b)) if name == "calibration" else a - b
+            assert difference == pytest.approx(gap)
             assert half_width > 0
+
+
+def test_what_the_lists_hold_is_told_of_every_model(finished: RunConfig) -> None:
+    ranking = json.loads((finished.run_dir / "evaluate/result.json").read_text())["ranking"]
+    for name, metrics in ranking["metrics"].items():
+        for k in finished.evaluate.ks:
+            assert 1 / NUM_ITEMS <= metrics[f"coverage@{k}"] <= min(1, NUM_USERS * k / NUM_ITEMS)
+            # Items are about equally popular.
+            assert metrics[f"novelty@{k}"] == pytest.approx(math.log2(NUM_ITEMS), abs=2), name
+            assert f"coverage@{k}" not in ranking["control"]
+            assert f"novelty@{k}" in ranking["control"]
+    popularity, best = (ranking["metrics"][name] for name in ("popularity", "fine-tuned"))
+    assert popularity["coverage@1"] < best["coverage@1"]
+    assert popularity["novelty@1"] < best["novelty@1"]
+
+
+def test_reliability_is_kept_of_every_model_and_drawn(finished: RunConfig) -> None:
+    ctr = json.loads((finished.run_dir / "evaluate/result.json").read_text())["ctr"]
+    assert list(ctr["reliability"]) == list(ctr["metrics"])
+    for model, bins in ctr["reliability"].items():
+        num_rows = sum(one["num_rows"] for one in bins)
+        clicks = sum(one["num_rows"] * one["share"] for one in bins)
+        predicted = sum(one["num_rows"] * one["prediction"] for one in bins)
+        assert num_rows == NUM_USERS
+        assert predicted / clicks == pytest.approx(ctr["metrics"][model]["calibration"])
+    assert "share that is clicked" in (finished.run_dir / "report.html").read_text()
 
 
 def test_both_protocols_are_judged_of_every_model_and_shown(finished: RunConfig) -> None:

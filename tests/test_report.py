@@ -216,16 +216,13 @@ def test_all_models_are_listed_and_bold_is_the_best_in_the_metrics_own_direction
     run_dir: Path,
 ) -> None:
     page = Page(write_report(run_dir))
-    assert [row for row in page.rows if len(row) == 3] == [
-        ["model", "ndcg@10 ↑", "mrr ↑"],
-        ["popularity", "0.0311", "0.0212"],
-        ["pretrained", "0.0623", "0.0551"],
-        ["scratch", "0.0700", "*0.0601*"],
-        ["fine-tuned", "*0.0784*", "0.0592"],
-        ["model", "auc ↑", "logloss ↓"],
-        ["biases", "0.7411", "0.5702"],
-        ["scratch", "*0.7688*", "0.5561"],
-        ["fine-tuned", "0.7602", "*0.5433*"],
+    assert [row for row in page.rows if len(row) < 6] == [
+        ["metric", "popularity", "pretrained", "scratch", "fine-tuned"],
+        ["ndcg@10 ↑", "0.0311", "0.0623", "0.0700", "*0.0784*"],
+        ["mrr ↑", "0.0212", "0.0551", "*0.0601*", "0.0592"],
+        ["metric", "biases", "scratch", "fine-tuned"],
+        ["auc ↑", "0.7411", "*0.7688*", "0.7602"],
+        ["logloss ↓", "0.5702", "0.5561", "*0.5433*"],
     ]
 
 
@@ -234,8 +231,60 @@ def test_a_metric_that_a_model_lacks_or_that_is_undefined_is_a_dash_and_never_th
 ) -> None:
     metrics = {"biases": {"rmse": 0.9}, "scratch": {"rmse": math.nan, "mae": 0.7}}
     page = _evaluated(run_dir, {"rating": {"metrics": metrics, "control": {}}})
-    assert page.row("biases") == ["biases", "*0.9000*", "–"]
-    assert page.row("scratch") == ["scratch", "–", "*0.7000*"]
+    assert page.row("rmse ↓") == ["rmse ↓", "*0.9000*", "–"]
+    assert page.row("mae ↓") == ["mae ↓", "–", "*0.7000*"]
+
+
+def test_calibration_is_judged_by_its_distance_from_1(run_dir: Path) -> None:
+    metrics = {
+        "biases": {"calibration": 1.3},
+        "scratch": {"calibration": 0.8},
+        "fine-tuned": {"calibration": 1.1},
+    }
+    control = {"calibration": [-0.1278, 0.05]}  # log 1.1 + log 0.8
+    page = _evaluated(run_dir, {"ctr": {"metrics": metrics, "control": control}})
+    compared, listed = (row for row in page.rows if "calibration → 1" in row)
+    assert compared[2:] == ["0.8000", "1.1000", "−0.1278 ± 0.0500", "better"]
+    assert listed == ["calibration → 1", "1.3000", "0.8000", "*1.1000*"]
+    assert "better on 1 of 1 test metrics" in " ".join(page.text["p"].split())
+
+
+def test_coverage_and_novelty_are_listed_and_not_judged(run_dir: Path) -> None:
+    metrics = {
+        "scratch": {"novelty@5": 8.0, "coverage@5": 0.5},
+        "fine-tuned": {"novelty@5": 7.0, "coverage@5": 0.4},
+    }
+    control = {"novelty@5": [-1.0, 0.3]}
+    page = _evaluated(run_dir, {"ranking": {"metrics": metrics, "control": control}})
+    assert page.row("ranking", "novelty@5")[2:] == ["8.0000", "7.0000", "−1.0000 ± 0.3000", "lower"]
+    assert page.row("novelty@5") == ["novelty@5", "8.0000", "7.0000"]
+    assert page.row("coverage@5") == ["coverage@5", "0.5000", "0.4000"]
+    assert "better on 0 of 0 test metrics" in " ".join(page.text["p"].split())
+    assert len(page.figures) == 3  # no forest
+
+
+def test_the_reliability_of_each_model_is_a_line_through_its_bins(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bins = [
+        {"num_rows": 50, "prediction": 0.1, "share": 0.2, "half_width": 0.11},
+        {"num_rows": 50, "prediction": 0.6, "share": 0.5, "half_width": 0.13},
+    ]
+    ctr = {**EVALUATION["ctr"], "reliability": {"biases": bins[:1], "fine-tuned": bins}}
+    page = _evaluated(run_dir, {**EVALUATION, "ctr": ctr})
+    assert len(page.figures) == 5
+    assert page.figures[1][-2:] == ["biases", "fine-tuned"]
+    assert {"mean prediction of a bin", "share that is clicked"} <= {*page.figures[1]}
+    drawn: list[tuple[Any, Any, Any]] = []
+
+    def errorbar(axes: Any, x: Any, y: Any, *, yerr: Any = None, **_: Any) -> None:
+        if yerr is not None:
+            drawn.append((x, y, yerr))
+
+    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", errorbar)
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda *_, **__: None)
+    write_report(run_dir)
+    assert drawn == [([0.1], [0.2], [0.11]), ([0.1, 0.6], [0.2, 0.5], [0.11, 0.13])]
 
 
 def test_the_forest_turns_gains_to_the_right_in_percent_of_scratch(
@@ -322,7 +371,7 @@ def test_an_evaluation_without_control_says_that_nothing_can_be_compared(run_dir
     metrics = {"popularity": {"mrr": 0.03}, "pretrained": {"mrr": 0.05}}
     page = _evaluated(run_dir, {"ranking": {"metrics": metrics, "control": {}}})
     assert "there is nothing to compare" in page.text["p"]
-    assert page.rows == [["model", "mrr ↑"], ["popularity", "0.0300"], ["pretrained", "*0.0500*"]]
+    assert page.rows == [["metric", "popularity", "pretrained"], ["mrr ↑", "0.0300", "*0.0500*"]]
 
 
 def test_a_run_without_pretraining_or_tasks_has_a_page(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What held-out interactions say: ranks over the full catalogue and among candidates, pairs.
+"""What held-out interactions say: ranks over the full catalogue and among candidates, lists, pairs.
 
 Users come in blocks. A rank encodes its own users; their vectors, seen items and targets travel,
 and each rank scores them against its own range of the catalogue, block by block. Of users × items
@@ -21,6 +21,7 @@ from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, gather_each, gather_integers, sum_over_ranks
 from torchrec_pt.learner import Learner
 from torchrec_pt.scoring import (
+    BestItems,
     ByItem,
     Query,
     Scorer,
@@ -82,33 +83,51 @@ def rank_targets(
     Raises:
         ValueError: scores that are not finite, which no rank can be read from.
     """
-    none = torch.zeros_like(asked.targets.values)
-    candidates = Jagged.from_lengths(none[:0], none)
-    over_all, _ = rank_targets_twice(scorer, asked, candidates, parts, num_items, ranks, batch_size)
-    return over_all
+    return rank_and_list(scorer, asked, parts, num_items, ranks, batch_size).ranks
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What the scores of U users of this rank say.
+
+    Attributes:
+        ranks: U rows, those of `rank_targets`.
+        among: U rows, the ranks that each target has among its own candidates.
+        lists: U rows of items, the first k of the list that `ranks` are of.
+    """
+
+    ranks: Jagged
+    among: Jagged
+    lists: Jagged
 
 
 @torch.no_grad()
-def rank_targets_twice(
+def rank_and_list(
     scorer: Scorer[Query],
     asked: HeldOut,
-    candidates: Jagged,
     parts: Tensor,
     num_items: int,
     ranks: Ranks,
     batch_size: int,
-) -> tuple[Jagged, Jagged]:
-    """The ranks of `rank_targets`, and those that each target has among its own candidates.
+    *,
+    candidates: Jagged | None = None,
+    k: int = 0,
+) -> Ranked:
+    """The ranks of `rank_targets`, those among candidates, and what each user is offered.
 
-    Every score is computed once for both.
+    Every score is computed once for all of them.
 
     Args:
         candidates: one row a target, in their order, of distinct items, seen or not; the target
-            itself does not count.
+            itself does not count. None: there are none.
+        k: items of each list; a user with fewer candidates has them all.
     """
+    none = torch.zeros_like(asked.targets.values)
+    candidates = candidates or Jagged.from_lengths(none[:0], none)
     items = own_items(num_items, ranks)
     places = asked.targets.with_values(torch.arange(len(asked.targets.values)))
     counted = [asked.targets.values.new_zeros(0, 2)]
+    lists = [Jagged.from_lengths(none[:0], none[:0])]
     for rows in row_blocks(parts, batch_size, ranks):
         blocks = zip(
             gather_blocks(scorer.queries(asked.users[rows]).to(ranks.device)),
@@ -117,10 +136,13 @@ def rank_targets_twice(
             gather_blocks(candidates.select(places.select(rows).values).to(ranks.device)),
             strict=True,
         )
-        found = [_rank_block(scorer, *block, items) for block in blocks]
-        counted.append(found[ranks.rank].cpu())
+        found = [_rank_block(scorer, *block, items, k) for block in blocks]
+        own_counted, best = found[ranks.rank]
+        counted.append(own_counted.cpu())
+        lists.append(best.lists().to(torch.device("cpu")))
     over_all, among = torch.cat(counted).unbind(1)
-    return asked.targets.with_values(over_all), asked.targets.with_values(among)
+    with_values = asked.targets.with_values
+    return Ranked(with_values(over_all), with_values(among), Jagged.stack(lists))
 
 
 def _rank_block(
@@ -130,10 +152,11 @@ def _rank_block(
     targets: Jagged,
     candidates: Jagged,
     items: range,
-) -> Tensor:
-    """(T, 2) int64 ranks of the targets of one block of users, whom all ranks score together.
+    k: int,
+) -> tuple[Tensor, BestItems]:
+    """Of one block of users, whom all ranks score together: (T, 2) int64 ranks, and their lists.
 
-    The first is over the catalogue, the second among the target's candidates.
+    The first rank of a target is over the catalogue, the second among its candidates.
     """
     row, item, wanted = targets.rows, targets.values, ByItem(targets)
     named = torch.cat([item, candidates.values])
@@ -151,7 +174,7 @@ def _rank_block(
     own, others = sum_over_ranks(named_scores).split([len(item), len(candidates.values)])
     among = _count_candidates_ahead(own, others, item, candidates)
 
-    hidden = ByItem(seen)
+    hidden, best = ByItem(seen), BestItems(targets.num_rows, k, row.device)
     counts = row.new_zeros(len(row) + 1)  # items ahead of each target; scores that are not finite
     for block in item_blocks(items):
         if block.start in kept:
@@ -162,13 +185,17 @@ def _rank_block(
         hidden.hide(scores, block)
         here = wanted.within(block)
         scores[row[here], item[here] - block.start] = own[here]  # a candidate though seen
+        if k:
+            best.add(scores, block)
         for some in torch.arange(len(row), device=row.device).split(TARGETS_AT_A_TIME):
             place = item[some] - block.start
             counts[some] += _count_ahead(scores[row[some]], own[some].unsqueeze(1), place)
     counts = sum_over_ranks(counts)
     if counts[-1]:
         raise ValueError("ranking: the model's scores are not finite; lower the learning rate")
-    return torch.stack([counts[:-1], among], dim=1) + 1
+    if k:
+        best.merge_ranks()
+    return torch.stack([counts[:-1], among], dim=1) + 1, best
 
 
 def _count_ahead(scores: Tensor, own: Tensor, place: Tensor) -> Tensor:

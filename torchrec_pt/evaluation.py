@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import polars as pl
+import torch
 from torch import Tensor
 
 from torchrec_pt.baselines import ItemKnn, Popularity
@@ -15,17 +16,22 @@ from torchrec_pt.build import build_task, load_learner
 from torchrec_pt.candidates import load_candidates
 from torchrec_pt.config import Candidates
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.manifest import Manifest
+from torchrec_pt.distributed import sum_over_ranks
 from torchrec_pt.evaluate import (
     gather_by_user,
     held_out,
     predict_pairs,
-    rank_targets,
-    rank_targets_twice,
+    rank_and_list,
 )
 from torchrec_pt.metrics import (
     Estimate,
+    ReliabilityBin,
+    compared,
     mean_estimate,
+    novelty,
+    offered,
     paired_difference,
     ranking_metrics,
     sampled_ranking_metrics,
@@ -33,6 +39,7 @@ from torchrec_pt.metrics import (
 from torchrec_pt.runs import finished_stages
 from torchrec_pt.scoring import ModelScorer, Scorer, head_of
 from torchrec_pt.stages import Stage
+from torchrec_pt.tasks.ctr import CtrTask
 from torchrec_pt.tasks.pairs import PairTask
 from torchrec_pt.validation import gather_judged
 
@@ -46,13 +53,16 @@ class TaskEvaluation:
     """Attributes:
     metrics: one row a model: name -> metric -> value on the test split.
     control: metric -> (fine-tuned − scratch, half-width of its 95 % interval, paired over
-        users); empty without a control.
+        users), of calibration the difference of its distances |log| from 1; empty without a
+        control. Coverage, which belongs to no user, has none.
     protocol: of rankings, what a test item is ranked against.
+    reliability: of clicks, model -> bins.
     """
 
     metrics: dict[str, dict[str, float]]
     control: dict[str, tuple[float, float]]
     protocol: str = ""
+    reliability: dict[str, list[ReliabilityBin]] = field(default_factory=dict)
 
 
 def evaluate_ranking(
@@ -79,15 +89,22 @@ def evaluate_ranking(
         if notice is not None:
             stage.say(f"evaluate: {notice}")
     per_user: dict[str, dict[str, dict[str, Tensor]]] = {task: {} for task in protocols}
+    coverage: dict[str, dict[str, float]] = {}
+    longest = max(config.ks)
     for name, scorer in _scorers(stage, dataset):
-        if candidates is None:
-            found = [rank_targets(scorer, asked, *block)]
-        else:
-            found = [*rank_targets_twice(scorer, asked, candidates, *block)]
-        everyone, (over_all, *among) = gather_by_user(users, found, stage.ranks)
-        per_user["ranking"][name] = ranking_metrics(over_all, config.ks)
-        for sampled in among:
-            per_user["sampled_ranking"][name] = sampled_ranking_metrics(sampled, config.ks)
+        found = rank_and_list(scorer, asked, *block, candidates=candidates, k=longest)
+        coverage[name] = _coverage(found.lists, dataset.num_items, config.ks)
+        of_lists = novelty(found.lists, dataset.item_counts, config.ks)
+        own = Jagged(torch.stack([*of_lists.values()], dim=1), torch.arange(len(users) + 1))
+        everyone, (over_all, among, novelties) = gather_by_user(
+            users, [found.ranks, found.among, own], stage.ranks
+        )
+        per_user["ranking"][name] = {
+            **ranking_metrics(over_all, config.ks),
+            **dict(zip(of_lists, novelties.values.unbind(1), strict=True)),
+        }
+        if candidates is not None:
+            per_user["sampled_ranking"][name] = sampled_ranking_metrics(among, config.ks)
 
     def detail(task: str) -> pl.DataFrame:
         columns = {
@@ -97,10 +114,20 @@ def evaluate_ranking(
         }
         return pl.DataFrame({"user": dataset.external_user_ids()[everyone.numpy()], **columns})
 
-    return {
-        task: (_of_users(per_user[task], protocol), functools.partial(detail, task))
-        for task, protocol in protocols.items()
-    }
+    results = {task: _of_users(per_user[task], protocol) for task, protocol in protocols.items()}
+    whole = results["ranking"]
+    covered = {name: {**each, **coverage[name]} for name, each in whole.metrics.items()}
+    results["ranking"] = replace(whole, metrics=covered)
+    return {task: (result, functools.partial(detail, task)) for task, result in results.items()}
+
+
+def _coverage(lists: Jagged, num_items: int, ks: Sequence[int]) -> dict[str, float]:
+    """ "coverage@k": the share of the catalogue that the lists (of all ranks) offer to anybody."""
+    shares = {}
+    for k in ks:
+        num_lists = sum_over_ranks(offered(lists, num_items, k).long())
+        shares[f"coverage@{k}"] = float((num_lists > 0).double().mean())
+    return shares
 
 
 def _protocol(candidates: Candidates) -> str:
@@ -161,7 +188,10 @@ def evaluate_pairs(
                 learner, task, asked, parts, ranks, config.evaluate.batch_size
             )
     judged = gather_judged(dataset, task, asked, predictions, ranks)
-    estimates = {model: judged.metrics(task, model) for model in predictions}
+    result = _summary({model: judged.metrics(task, model) for model in predictions})
+    if isinstance(task, CtrTask):
+        bins = {model: judged.reliability(model) for model in predictions}
+        result = replace(result, reliability=bins)
 
     def detail() -> pl.DataFrame:
         return pl.DataFrame(
@@ -173,7 +203,7 @@ def evaluate_pairs(
             }
         )
 
-    return _summary(estimates), detail
+    return result, detail
 
 
 def _arms(task: str) -> dict[str, str]:
@@ -188,7 +218,9 @@ def _summary(estimates: dict[str, dict[str, Estimate]], protocol: str = "") -> T
     control = {}
     if {"fine-tuned", "scratch"} <= estimates.keys():
         control = {
-            metric: paired_difference(estimate, estimates["scratch"][metric])
+            metric: paired_difference(
+                compared(metric, estimate), compared(metric, estimates["scratch"][metric])
+            )
             for metric, estimate in estimates["fine-tuned"].items()
         }
     metrics = {

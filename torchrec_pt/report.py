@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from torchrec_pt.files import whole_file
-from torchrec_pt.metrics import LOSSES
+from torchrec_pt.metrics import LOSSES, RATIOS, goodness, is_descriptive
 from torchrec_pt.runs import StageResult, load_result
 
 TASKS = ("ranking", "ctr", "rating")
@@ -71,6 +72,7 @@ def write_report(run_dir: Path) -> Path:
         trim_blocks=True,
     )
     environment.filters["number"] = _number
+    environment.filters["directed"] = _directed
     page = environment.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
         config=config,
@@ -82,7 +84,7 @@ def write_report(run_dir: Path) -> Path:
         models={task: found["metrics"] for task, found in evaluated.items()},
         protocols={task: found.get("protocol") for task, found in evaluated.items()},
         best={task: _best_values(found["metrics"]) for task, found in evaluated.items()},
-        smaller_is_better=LOSSES,
+        reliability={task: _draw_reliability(task, found) for task, found in evaluated.items()},
         curves={name: _draw_curves(name, arms) for name, arms in stages.items()},
         moved={name: _moved_parts(arms) for name, arms in stages.items()},
     )
@@ -129,7 +131,8 @@ class Comparison:
     """One test metric of the pretrained model and of its control.
 
     Attributes:
-        difference: pretrained − scratch, in the metric's own unit.
+        difference: pretrained − scratch, in the metric's own unit; of a ratio, of its distances
+            |log| from 1.
         half_width: of the 95 % interval of the difference.
     """
 
@@ -142,8 +145,12 @@ class Comparison:
 
     @property
     def gain(self) -> float:
-        """The difference, positive where pretraining is better."""
-        return -self.difference if self.metric in LOSSES else self.difference
+        """The difference, positive where pretraining is better (where nothing is, higher)."""
+        return goodness(self.metric, self.pretrained) - goodness(self.metric, self.scratch)
+
+    @property
+    def is_judged(self) -> bool:
+        return not is_descriptive(self.metric)
 
     @property
     def verdict(self) -> str:
@@ -151,6 +158,8 @@ class Comparison:
             return "undefined"
         if abs(self.difference) <= self.half_width:
             return "no clear difference"
+        if not self.is_judged:
+            return "higher" if self.gain > 0 else "lower"
         return "better" if self.gain > 0 else "worse"
 
 
@@ -167,7 +176,10 @@ def _compare(
 
 
 def _best_values(metrics: Metrics) -> dict[str, float]:
-    """Metric -> its best value over the models, in the order in which metrics are met."""
+    """Metric -> its best value over the models, NaN where none is better than another.
+
+    In the order in which metrics are met.
+    """
     columns: dict[str, list[float]] = {}
     for values in metrics.values():
         for metric, value in values.items():
@@ -176,8 +188,19 @@ def _best_values(metrics: Metrics) -> dict[str, float]:
 
 
 def _best(metric: str, values: Iterable[float]) -> float:
-    choose = min if metric in LOSSES else max
-    return choose(filter(math.isfinite, values), default=math.nan)
+    if is_descriptive(metric):
+        return math.nan
+    judge = functools.partial(goodness, metric)
+    return max(filter(math.isfinite, values), key=judge, default=math.nan)
+
+
+def _directed(metric: str) -> str:
+    """The metric's name, and where its better values lie."""
+    if is_descriptive(metric):
+        return metric
+    if metric in RATIOS:
+        return f"{metric} → 1"
+    return f"{metric} {'↓' if metric in LOSSES else '↑'}"
 
 
 def _number(value: float, sign: str = "-") -> str:
@@ -190,7 +213,11 @@ def _number(value: float, sign: str = "-") -> str:
 
 def _draw_forest(comparisons: list[Comparison]) -> Markup | None:
     """Gains in percent of scratch, which puts metrics of different scales on one axis."""
-    drawn = [one for one in comparisons if one.scratch and one.verdict in VERDICT_COLORS]
+    drawn = [
+        one
+        for one in comparisons
+        if one.scratch and one.is_judged and one.verdict in VERDICT_COLORS
+    ]
     if not drawn:
         return None
     with style.context(["default", FIGURE_STYLE]):
@@ -205,6 +232,28 @@ def _draw_forest(comparisons: list[Comparison]) -> Markup | None:
         axes.set_ylim(len(drawn) - 0.5, -0.5)
         axes.set_xlabel("gain over scratch in % (right of 0: pretraining is better)")
         return _svg(figure, "forest")
+
+
+def _draw_reliability(task: str, found: Mapping[str, Any]) -> Markup | None:
+    """Share of clicks by prediction, a line a model; None where there are no clicks."""
+    bins_of: Mapping[str, list[dict[str, float]]] = found.get("reliability") or {}
+    if not bins_of:
+        return None
+    with style.context(["default", FIGURE_STYLE]):
+        figure = Figure(figsize=(5.5, 4.4), layout="constrained")
+        axes = figure.subplots()
+        axes.axline((0, 0), slope=1, color=GREY, linestyle="-", linewidth=1)
+        for model, bins in bins_of.items():
+            prediction, share, half_width = (
+                [one[name] for one in bins] for name in ("prediction", "share", "half_width")
+            )
+            axes.errorbar(prediction, share, yerr=half_width, marker=".", capsize=2, label=model)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("mean prediction of a bin")
+        axes.set_ylabel("share that is clicked")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(bins_of))
+        return _svg(figure, f"{task}-reliability")
 
 
 def _draw_curves(name: str, arms: Arms) -> Markup | None:

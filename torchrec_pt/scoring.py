@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchrec_pt.data.batch import Draw, Embedded, lookup_ids
 from torchrec_pt.data.jagged import Jagged
-from torchrec_pt.distributed import Ranks, gather_each, gather_integers, gather_rows
+from torchrec_pt.distributed import Ranks, gather_each, gather_integers
 from torchrec_pt.learner import Learner
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.ranking_head import InnerHead
@@ -195,27 +195,72 @@ def top_items(
     Returns:
         ids (B, k) int64 and scores (B, k) float32, best first; −inf where candidates ran out.
     """
-    best: list[tuple[Tensor, Tensor]] = []
+    num_rows = len(queries) if isinstance(queries, Tensor) else queries.num_rows
+    best = BestItems(num_rows, min(k, num_items), ranks.device)
     hidden = None if seen is None else ByItem(seen.to(ranks.device))
     for block in item_blocks(own_items(num_items, ranks)):
-        scores = scorer.scores(queries, block)
+        scores = scorer.scores(queries, block).to(ranks.device)
         if hidden is not None:
             hidden.hide(scores, block)
-        top = scores.topk(min(k, len(block)), dim=1)
-        best = [_merged([*best, (top.indices + block.start, top.values)], k)]
-    if ranks.world_size == 1:
-        return best[0]
-    num_rows = len(queries) if isinstance(queries, Tensor) else queries.num_rows
-    none = torch.zeros(num_rows, 0, device=ranks.device)
-    ids, values = best[0] if best else (none.long(), none)
-    return _merged([(gather_rows(ids.T.contiguous()).T, gather_rows(values.T.contiguous()).T)], k)
+        best.add(scores, block)
+    best.merge_ranks()
+    return best.ids, best.scores
 
 
-def _merged(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of all; equal scores in the order of the parts."""
-    ids, values = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
-    order = values.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return ids.gather(1, order), values.gather(1, order)
+class BestItems:
+    """The k best items of each row; equal scores by dense item id.
+
+    An item is one integer: its score's place among all floats, and below it the id. The best
+    are the largest then, and the same whichever blocks and ranks they come from.
+    """
+
+    def __init__(self, num_rows: int, k: int, device: torch.device) -> None:
+        nothing = torch.full((num_rows, k), -torch.inf, device=device)
+        self._best = _place(nothing) << 32  # behind any item
+
+    def add(self, scores: Tensor, items: range) -> None:
+        """Scores (B, len(items)) float32; −inf for what is no candidate."""
+        ids = torch.arange(items.start, items.stop, device=scores.device)
+        self._keep_best([self._best, (_place(scores) << 32) + (_LAST_ID - ids)])
+
+    def merge_ranks(self) -> None:
+        """Of what all ranks added; every rank calls it."""
+        self._keep_best(gather_each(self._best))
+
+    @property
+    def ids(self) -> Tensor:
+        """(B, k) int64, best first; meaningless where the score is −inf."""
+        return _LAST_ID - (self._best & _LAST_ID)
+
+    @property
+    def scores(self) -> Tensor:
+        """(B, k) float32, best first; −inf where candidates ran out."""
+        return _score(self._best >> 32)
+
+    def lists(self) -> Jagged:
+        """B rows of the ids whose scores are not −inf."""
+        is_candidate = self.scores > -torch.inf
+        return Jagged.from_lengths(self.ids[is_candidate], is_candidate.sum(1))
+
+    def _keep_best(self, parts: list[Tensor]) -> None:
+        self._best = torch.cat(parts, dim=1).topk(self._best.shape[1]).values
+
+
+_LAST_ID = 2**32 - 1
+
+
+def _place(scores: Tensor) -> Tensor:
+    """int64, in the range of int32, that order as float32 scores do; −0 and 0 are one."""
+    return _flip_negative((scores + 0.0).view(torch.int32)).long()
+
+
+def _score(places: Tensor) -> Tensor:
+    return _flip_negative(places.int()).view(torch.float32)
+
+
+def _flip_negative(bits: Tensor) -> Tensor:
+    """The bits below the sign, which grow with the size of a negative float; its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 class ByItem:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from torchrec_pt.config import RunConfig
 from torchrec_pt.evaluation import TaskEvaluation
-from torchrec_pt.metrics import LOSSES
+from torchrec_pt.metrics import goodness
 from torchrec_pt.pipeline import Evaluation, RunResult
 
 # What the screen shows of each task; result.json and report.html hold the rest.
@@ -39,18 +41,22 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for task, result in evaluation.items():
         known = next(iter(result.metrics.values()), {})
-        shown = [metric for metric in SHOWN[task] if metric in known] or list(known)
-        for metric in shown:
+        shown = [metric for metric in SHOWN[task] if metric in known]
+        for metric in shown or _at_other_ks(SHOWN[task], known):
             table.add_row(SHORT.get(task, task), metric.upper(), *_cells(result, metric))
         table.add_section()
     console.print(table)
 
 
+def _at_other_ks(metrics: Iterable[str], known: Iterable[str]) -> list[str]:
+    names = {metric.partition("@")[0] for metric in metrics}
+    return [metric for metric in known if metric.partition("@")[0] in names]
+
+
 def _cells(result: TaskEvaluation, metric: str) -> list[str]:
-    is_loss = metric in LOSSES
     values = {model: metrics[metric] for model, metrics in result.metrics.items()}
     baselines = {model: value for model, value in values.items() if model not in TRAINED}
-    best = sorted(baselines, key=baselines.__getitem__, reverse=not is_loss)[:1]
+    best = sorted(baselines, key=lambda model: -goodness(metric, baselines[model]))[:1]
     trained = values.get("fine-tuned", values.get("pretrained"))
     difference, half_width = result.control.get(metric, (None, None))
     return [

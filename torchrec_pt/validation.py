@@ -16,9 +16,11 @@ from torchrec_pt.evaluate import gather_by_user, held_out, predict_pairs, rank_t
 from torchrec_pt.learner import Learner
 from torchrec_pt.metrics import (
     Estimate,
+    ReliabilityBin,
     click_metrics,
     ranking_metrics,
     rating_metrics,
+    reliability,
 )
 from torchrec_pt.scoring import ModelScorer, head_of
 from torchrec_pt.tasks.asked import Asked
@@ -89,9 +91,17 @@ class Judged:
 
     def metrics(self, task: PairTask, model: str) -> dict[str, Estimate]:
         """The task's metrics of a model's predictions."""
-        _, user = torch.unique(self.users, return_inverse=True)
         metrics = click_metrics if isinstance(task, CtrTask) else rating_metrics
-        return metrics(self.predictions[model], self.labels, user)
+        return metrics(self.predictions[model], self.labels, self._user)
+
+    def reliability(self, model: str) -> list[ReliabilityBin]:
+        """Of a model's predictions, where labels are clicks."""
+        return reliability(self.predictions[model], self.labels, self._user)
+
+    @property
+    def _user(self) -> Tensor:
+        """(P,) int64: users without gaps."""
+        return torch.unique(self.users, return_inverse=True)[1]
 
 
 def gather_judged(
