@@ -13,6 +13,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_pt.data.entity_features import UNKNOWN, EntityFeatures
 from torchrec_pt.data.jagged import Jagged
 
+INIT_STD = 0.02
+
 
 class FeatureEncoder(nn.Module):
     """A categorical cell is the mean or the sum of its values' rows in a TorchRec table.
@@ -42,13 +44,16 @@ class FeatureEncoder(nn.Module):
             ]
             self.tables = EmbeddingBagCollection(tables=configs, device=torch.device("cpu"))
             for weight in self.tables.parameters():
-                nn.init.normal_(weight, std=0.02)
+                nn.init.normal_(weight, std=INIT_STD)
         self.layers = nn.ModuleDict(
             {
                 self._layers[column]: nn.Linear(values.shape[1], dim)
                 for column, values in features.dense.items()
             }
         )
+        for layer in self.layers.values():  # torch's own start would outweigh every table
+            nn.init.normal_(layer.weight, std=INIT_STD)
+            nn.init.zeros_(layer.bias)
         unknown = Jagged(torch.tensor([UNKNOWN]), torch.tensor([0, 1]))
         for column, name in self._tables.items():
             cells = Jagged.stack([unknown, features.categorical[column]])
