@@ -155,16 +155,18 @@ def test_without_features_there_are_no_fields_and_no_parameters() -> None:
         assert got.dtype == torch.float32
 
 
-def test_tables_start_normal_from_the_seed_of_the_caller() -> None:
+def test_tables_and_layers_start_normal_from_the_seed_of_the_caller() -> None:
     features = random_features(num_rows=1)
     features.num_values["single"] = 5000
     first, again, other = (build(features, seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not any(torch.equal(first[name], other[name]) for name in first)
+    assert all(torch.equal(first[name], other[name]) == name.endswith("bias") for name in first)
     table = first["tables.embedding_bags.user_single.weight"]
     # 40 000 values: their mean within 5 of its deviations of 1e-4, their deviation within 2 %
     assert abs(float(table.mean())) < 5e-4
     assert float(table.std()) == pytest.approx(0.02, rel=0.02)
+    layers = torch.cat([v.flatten() for n, v in first.items() if "layers" in n and "weight" in n])
+    assert float(layers.std()) == pytest.approx(0.02, rel=5 / (2 * len(layers)) ** 0.5)
 
 
 def test_every_row_of_every_table_learns() -> None:

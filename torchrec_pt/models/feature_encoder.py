@@ -47,13 +47,10 @@ class FeatureEncoder(nn.Module):
                 nn.init.normal_(weight, std=INIT_STD)
         self.layers = nn.ModuleDict(
             {
-                self._layers[column]: nn.Linear(values.shape[1], dim)
+                self._layers[column]: _small_linear(values.shape[1], dim)
                 for column, values in features.dense.items()
             }
         )
-        for layer in self.layers.values():  # torch's own start would outweigh every table
-            nn.init.normal_(layer.weight, std=INIT_STD)
-            nn.init.zeros_(layer.bias)
         unknown = Jagged(torch.tensor([UNKNOWN]), torch.tensor([0, 1]))
         for column, name in self._tables.items():
             cells = Jagged.stack([unknown, features.categorical[column]])
