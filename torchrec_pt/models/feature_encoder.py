@@ -89,3 +89,11 @@ def module_name(of: str, column: str) -> str:
     """A name that a module may bear, another one for every column: odd characters are encoded."""
     odd = re.sub(r"[^\w-]", lambda found: f"%{ord(found[0]):X}%", column)
     return f"{of}_{odd}"
+
+
+def _small_linear(width: int, dim: int) -> nn.Linear:
+    """torch's own start would outweigh the tables: 0.6 an element where a number comes in."""
+    layer = nn.Linear(width, dim)
+    nn.init.normal_(layer.weight, std=INIT_STD)
+    nn.init.zeros_(layer.bias)
+    return layer
