@@ -192,7 +192,8 @@ def check_shared_paths(config: RunConfig) -> None:
 
 def refuse_address(address: str | None) -> None:
     """--local beats the address of the environment, not that of the command line."""
-    if address is not None and address != os.environ.get("RAY_API_SERVER_ADDRESS"):
+    known = (os.environ.get("RAY_API_SERVER_ADDRESS"), os.environ.get("RAY_ADDRESS"))
+    if address is not None and address not in known:
         raise ValueError("--local: starts a Ray of its own, given --address too; drop one of them")
 
 

@@ -114,6 +114,28 @@ def _line(path: Path, *overrides: str) -> str:
             "evaluate.candidates: seed is of drawn candidates; leave it out beside path",
         ),
         ("[finetune.ranking]\nlos = 1", 'finetune.ranking.los: unknown key; did you mean "loss"?'),
+        (
+            '[finetune.ctr.transfer]\nfreeze = "backbone"\nlayer_decay = 0.5',
+            'finetune.ctr.transfer: freeze = "backbone" keeps all of the backbone as it is; '
+            "drop layer_decay",
+        ),
+        (
+            '[finetune.ctr.transfer]\nlinear_probe = true\nfreeze = "item_table"',
+            "finetune.ctr.transfer: linear_probe keeps all of the backbone as it is; drop freeze",
+        ),
+        (
+            "[finetune.ctr]\nhidden_dims = [8]\ntransfer = { linear_probe = true }",
+            "finetune.ctr: transfer.linear_probe wants a linear head; drop hidden_dims",
+        ),
+        (
+            '[finetune.ranking]\nhead = "inner"\ntransfer = { linear_probe = true }',
+            "finetune.ranking: transfer.linear_probe wants a linear head; drop head",
+        ),
+        (
+            OBJECTIVE + '[finetune]\nstart_from = "runs/y/pretrain"',
+            "top level: finetune.start_from takes the place of pretraining; drop it, or drop "
+            "[pretrain]",
+        ),
     ],
 )
 def test_a_mistake_gets_one_line_that_says_where_and_what_to_do(

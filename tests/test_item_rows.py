@@ -168,13 +168,16 @@ def test_the_state_of_a_new_category_is_not_that_of_the_unknown_one(
 ) -> None:
     ids = pl.Series(["a", "b", "c"])
     state = COLOUR.replace("model.", "optimizer.") + ".exp_avg"
-    tensors = {TABLE: _table(3), COLOUR: _table(2), state: _table(2)}
+    step = COLOUR.replace("model.", "optimizer.") + ".step"
+    tensors = {TABLE: _table(3), COLOUR: _table(2), state: _table(2), step: torch.tensor(7.0)}
     path = _save(tmp_path, tensors, ids, ranks, _colours("red"))
-    target = {TABLE: torch.zeros(3, 3), COLOUR: torch.zeros(3, 3), state: torch.zeros(3, 3)}
+    target = {name: torch.zeros(3, 3) for name in (TABLE, COLOUR, state)}
+    target[step] = torch.tensor(0.0)
     opened = Checkpoint.open(path, ranks)
     kinds = ("model.", "optimizer.")
     _take_over(opened, target, kinds, Numbering(ids, _colours("blue", "red")))
     assert target[state][:, 0].tolist() == [1, 0, 2]
+    assert target[step] == 7
 
 
 def test_values_of_an_old_checkpoint_are_known_only_where_they_are_numbered_alike(

@@ -27,7 +27,7 @@ LAYERS = (
         "_C",
         "safetensors_file",
     },
-    {"data", "ops", "metrics", "checkpoint", "saver", "item_rows", "conversion", "runs"},
+    {"data", "ops", "metrics", "checkpoint", "saver", "item_rows", "conversion", "runs", "trials"},
     {"global_negatives"},
     {"models", "sharding", "ring", "negatives"},
     {"objectives", "tasks"},
@@ -48,7 +48,7 @@ LAYERS = (
     {"stages"},
     {"evaluation"},
     {"pipeline"},
-    {"tables", "doctor", "checkpoint_commands"},
+    {"tables", "doctor", "checkpoint_commands", "tune"},
     {"cli"},
     {"__main__"},
 )
@@ -139,10 +139,10 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert _circle(_imports(ROOT)) == []
 
 
-def test_the_library_names_neither_ray_nor_cluster() -> None:
+def test_the_library_names_neither_ray_nor_optuna_nor_cluster() -> None:
     for module, names in _imports(ROOT).items():
         if module.startswith("torchrec_pt"):
-            assert not {name.split(".")[0] for name in names} & {"ray", "cluster"}, module
+            assert not {name.split(".")[0] for name in names} & {"ray", "optuna", "cluster"}, module
 
 
 def test_what_is_built_and_shipped_names_no_test_benchmark_or_script() -> None:
@@ -168,7 +168,7 @@ def test_no_module_of_the_library_loads_ray_or_cluster() -> None:
     names = sorted(name for name in _modules(ROOT) if name.startswith("torchrec_pt"))
     names.remove("torchrec_pt.__main__")  # runs the command line
     code = f"import importlib, sys\nfor n in {names}: importlib.import_module(n)\n"
-    code += "print([n for n in ('ray', 'cluster') if n in sys.modules])"
+    code += "print([n for n in ('ray', 'optuna', 'cluster') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "[]"

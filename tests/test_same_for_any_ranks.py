@@ -75,11 +75,13 @@ def _case(folder: Path, num_users: int, split: dict[str, Any], **sections: Any) 
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("any_ranks")
     bpr = {**TASKS, "ranking": {**STEPS, "loss": "bpr"}}
+    mlp = {**TASKS, "ranking": {**STEPS, "loss": "bpr", "head": "mlp"}}
+    linear = {**TASKS, "ranking": {**STEPS, "head": "linear"}}
     last = {"rule": "leave_one_out"}
     configs = {
-        "transformer": _case(folder / "a", 50, last, model=TRANSFORMER, finetune=bpr),
+        "transformer": _case(folder / "a", 50, last, model=TRANSFORMER, finetune=mlp),
         "two_tower row_wise": _case(
-            folder / "b", 50, BY_TIME, model=TOWERS, pretrain=PAIRS, finetune=TASKS
+            folder / "b", 50, BY_TIME, model=TOWERS, pretrain=PAIRS, finetune=linear
         ),
         "few users": _case(folder / "c", 5, last, model=TRANSFORMER, finetune=bpr),
     }

@@ -103,6 +103,17 @@ def report(config: Config, set_: Set = None) -> None:
 
 
 @app.command()
+def tune(config: Config, set_: Set = None, workers: Workers = 1) -> None:
+    """Search [tune.space] for better values, judged on validation; the best as a TOML file."""
+    from torchrec_pt import trials
+
+    found = _stage("tune", config, set_, workers)
+    if _is_first():
+        trials.print_trials(found.trials, console)
+        console.print(f"The run with the best values: {found.best}", highlight=False)
+
+
+@app.command()
 def recommend(
     config: Config,
     user: Annotated[str | None, typer.Option(help="External id of the user.")] = None,
@@ -152,8 +163,10 @@ def _stage(command: str, config: Path, overrides: list[str] | None, workers: int
                 console.show_cursor()  # a worker that was stopped leaves it hidden
 
         from torchrec_pt import pipeline
+        from torchrec_pt import tune as search
 
-        stage: Callable[..., Any] = getattr(pipeline, _STAGES.get(command, command))
+        module = search if command == "tune" else pipeline
+        stage: Callable[..., Any] = getattr(module, _STAGES.get(command, command))
         with _joined():
             return stage(settings, console)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply_override(raw, override)
     try:
-        return RunConfig.model_validate(raw)
+        config = RunConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_explain(error, RunConfig)}") from None
+    try:
+        _check_space(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return config
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -56,15 +62,58 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    try:
+        _set(raw, keys, value)
+    except ConfigError as error:
+        raise ConfigError(f"--set {override}: {error}") from None
+
+
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Other values for some dotted keys (list elements by index, as in --set), and no `tune`.
+
+    Raises:
+        ConfigError: an unknown key, or a value that does not fit it or the others.
+    """
+    # What the user wrote, not what it was completed to: other values may bring other defaults.
+    raw = config.model_dump(mode="json", exclude_unset=True, exclude={"tune"})
+    for key, value in values.items():
+        try:
+            _set(raw, key.split("."), copy.deepcopy(value))
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, RunConfig)) from None
+
+
+def _check_space(config: RunConfig) -> None:
+    """Each value that a search may try fits its key, the rest being as it stands."""
+    if config.tune is None:
+        return
+    task = config.tune.task
+    configured = {"pretrain": config.pretrain, **config.finetune.tasks}
+    if configured.get(task) is None:
+        section = task if task == "pretrain" else f"finetune.{task}"
+        raise ConfigError(f'tune.task: "{task}" is not configured; add [{section}]')
+    for key, domain in config.tune.space.items():
+        for value in domain.examples:
+            try:
+                with_values(config, {key: value})
+            except ConfigError as error:
+                raise ConfigError(f"tune.space: {error}") from None
+
+
+def _set(raw: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     node: Any = raw
     for depth, key in enumerate(keys):
         step: Any = key
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
-                raise ConfigError(f'--set {override}: "{key}" is no index of a list of {len(node)}')
+                raise ConfigError(f'"{key}" is no index of a list of {len(node)}')
             step = int(key)
         elif not isinstance(node, dict):
-            raise ConfigError(f'--set {override}: "{keys[depth - 1]}" has no keys below it')
+            raise ConfigError(f'"{keys[depth - 1]}" has no keys below it')
         if depth == len(keys) - 1:
             node[step] = value
         else:

@@ -16,7 +16,7 @@ from torchrec_pt.checkpoint import Checkpoint, as_text, parts_of, rows_per_block
 # The parameters whose row i is item i, whatever their width, and their optimizer's states, named
 # "<parameter>.<what>". Another tensor may have as many rows by accident.
 _PER_ITEM = re.compile(r"\b(items\.collection\.embeddings\.item|item_bias)\.weight(\.|$)")
-_WHOLE_STATES = (".step", ".iter")  # one number for all rows
+WHOLE_STATES = (".step", ".iter")  # one number for all rows
 
 
 def per_item(names: Iterable[str]) -> list[str]:
@@ -26,7 +26,7 @@ def per_item(names: Iterable[str]) -> list[str]:
     states that their optimizers keep of each row. Whoever gives a module another parameter with
     one row an item names it here.
     """
-    return [n for n in names if _PER_ITEM.search(n) and not n.endswith(_WHOLE_STATES)]
+    return [n for n in names if _PER_ITEM.search(n) and not n.endswith(WHOLE_STATES)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,6 +36,7 @@ from torchrec_pt.runs import (
     served_stage,
 )
 from torchrec_pt.stages import Stage, entered, train_stage
+from torchrec_pt.train import OnValidation
 
 
 def prepare(config: RunConfig, console: Console | None = None) -> PreparedDataset:
@@ -78,14 +79,18 @@ def _load_prepared(stage: Stage) -> PreparedDataset:
     return dataset
 
 
-def pretrain(config: RunConfig, console: Console | None = None) -> StageResult:
+def pretrain(
+    config: RunConfig,
+    console: Console | None = None,
+    on_validation: OnValidation | None = None,
+) -> StageResult:
     """Self-supervised pretraining; validated by ranking the next item without fine-tuning.
 
     Raises:
         ValueError: no [pretrain] section, or an objective that does not fit the model.
         TrainingError: the loss became NaN or infinite.
     """
-    with entered(config, console) as stage:
+    with entered(config, console, on_validation) as stage:
         dataset = _load_prepared(stage)
         objectives = build_objectives(config, dataset)
         assert config.pretrain is not None
@@ -101,7 +106,9 @@ def pretrain(config: RunConfig, console: Console | None = None) -> StageResult:
 
 
 def finetune(
-    config: RunConfig, console: Console | None = None
+    config: RunConfig,
+    console: Console | None = None,
+    on_validation: OnValidation | None = None,
 ) -> dict[str, dict[str, StageResult]]:
     """Fine-tune for every configured task: task -> "pretrained", and "scratch" where asked for.
 
@@ -114,7 +121,7 @@ def finetune(
             "finetune: no task is configured; add [finetune.ctr], [finetune.ranking] or "
             "[finetune.rating]"
         )
-    with entered(config, console) as stage:
+    with entered(config, console, on_validation) as stage:
         dataset = _load_prepared(stage)
         if config.finetune.start_from is not None:
             _take_over(stage, dataset)

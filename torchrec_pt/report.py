@@ -111,7 +111,7 @@ Arms = Mapping[str, StageResult | None]
 def _load_stages(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Arms]:
     """Title -> arm -> result of each configured training, None where it is not finished."""
     stages: dict[str, Arms] = {}
-    if config["pretrain"] is not None:
+    if config["pretrain"] is not None or config["finetune"].get("start_from") is not None:
         stages["pretraining"] = {"pretraining": load_result(run_dir / "pretrain")}
     for task in TASKS:
         if config["finetune"].get(task) is not None:
@@ -121,8 +121,8 @@ def _load_stages(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Arms]:
 
 
 def _moved_parts(arms: Arms) -> list[dict[str, Any]]:
-    """What each part of a fine-tuned model took over, as `transfer_table` left it."""
-    result = arms.get("pretrained")
+    """What each part of a model took over, as `transfer_table` left it."""
+    result = arms.get("pretrained", arms.get("pretraining"))
     return [] if result is None else list(result.values.get("transfer", {}).get("parts", []))
 
 

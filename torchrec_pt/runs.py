@@ -76,6 +76,17 @@ TAKEN_OVER = TrainConfig(epochs=0)
 
 def finished_stages(config: RunConfig, dataset: PreparedDataset) -> dict[str, StageResult]:
     """Folder -> result of every training stage that this configuration and data have done."""
+    expected = stage_fingerprints(config, dataset)
+    results = {folder: load_result(config.run_dir / folder) for folder in expected}
+    return {
+        folder: result
+        for folder, result in results.items()
+        if result is not None and result.fingerprint == expected[folder]
+    }
+
+
+def stage_fingerprints(config: RunConfig, dataset: PreparedDataset) -> dict[str, str]:
+    """Folder -> fingerprint of every training stage of a run, done or not."""
     expected: dict[str, str] = {}
     if config.pretrain is not None:
         expected["pretrain"] = stage_fingerprint(config, dataset, config.pretrain, None)
@@ -86,12 +97,7 @@ def finished_stages(config: RunConfig, dataset: PreparedDataset) -> dict[str, St
         control = stage_fingerprint(config, dataset, train.as_control, None)
         expected[f"finetune/{task}/pretrained"] = stage_fingerprint(config, dataset, train, start)
         expected[f"finetune/{task}/scratch"] = control
-    results = {folder: load_result(config.run_dir / folder) for folder in expected}
-    return {
-        folder: result
-        for folder, result in results.items()
-        if result is not None and result.fingerprint == expected[folder]
-    }
+    return expected
 
 
 def stage_fingerprint(

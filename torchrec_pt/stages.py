@@ -28,7 +28,7 @@ from torchrec_pt.runs import (
     stage_fingerprint,
 )
 from torchrec_pt.tasks.pairs import PairTask
-from torchrec_pt.train import Trainer
+from torchrec_pt.train import OnValidation, Trainer
 from torchrec_pt.transfer import (
     Numbering,
     TransferReport,
@@ -50,6 +50,7 @@ class Stage:
     config: RunConfig
     ranks: Ranks
     console: Console | None
+    on_validation: OnValidation | None = None
 
     def say(self, text: str) -> None:
         if self.console is not None:
@@ -57,13 +58,15 @@ class Stage:
 
 
 @contextmanager
-def entered(config: RunConfig, console: Console | None) -> Iterator[Stage]:
+def entered(
+    config: RunConfig, console: Console | None, on_validation: OnValidation | None = None
+) -> Iterator[Stage]:
     """Join the ranks and leave the resolved configuration in the run's folder."""
     with joined_ranks() as ranks:
         with raised_together():
             if ranks.is_first:
                 write_json(config.run_dir / "config.json", config.model_dump(mode="json"))
-        yield Stage(config, ranks, console if ranks.is_first else None)
+        yield Stage(config, ranks, console if ranks.is_first else None, on_validation)
 
 
 def train_stage(
@@ -131,6 +134,7 @@ def train_stage(
         numbering=numbering,
         ranks=ranks,
         console=stage.console,
+        on_validation=stage.on_validation,
     )
     position = trainer.run(validation(config, dataset, built.learner, ranks))
     result = StageResult(
@@ -173,8 +177,9 @@ def _start(
         report = continue_training(source, model, optimizers, numbering, ranks)
         stage.say(f"{name}: continues from {source}: {report}")
         return {"transfer": report.values(), **digest}
+    stage.say(f"{name}: {source}")
     report = load_pretrained(source, model, numbering, ranks)
-    return {"transfer": _said(stage, f"{name} ({source})", report, built, None), **digest}
+    return {"transfer": _said(stage, name, report, built, None), **digest}
 
 
 def _said(

@@ -33,6 +33,8 @@ from torchrec_pt.transfer import Numbering, model_tensors, optimizer_tensors
 
 # Metrics on the validation split
 Validate = Callable[[], dict[str, float]]
+# Told, on every rank, the monitored metric and the curve so far, once a validation is saved
+OnValidation = Callable[[str, list[dict[str, Any]]], None]
 
 
 class TrainingError(RuntimeError):
@@ -83,6 +85,7 @@ class Trainer:
         numbering: Numbering,
         ranks: Ranks,
         console: Console | None,
+        on_validation: OnValidation | None = None,
     ) -> None:
         self.model = model
         self.learner = learner
@@ -96,6 +99,7 @@ class Trainer:
         self.numbering = numbering
         self.ranks = ranks
         self.console = console
+        self.on_validation = on_validation
         self.position = Position()
         self._averaged: AveragedWeights | None = None
         if config.average_decay is not None:
@@ -271,6 +275,8 @@ class Trainer:
         with raised_together():
             if writer is not None:
                 writer.check()
+        if self.on_validation is not None:
+            self.on_validation(self.monitor, position.curve)
 
     def _save(self) -> None:
         state = {

@@ -20,6 +20,7 @@ from torchrec_pt.checkpoint import Checkpoint, CheckpointError
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import Ranks
 from torchrec_pt.item_rows import (
+    WHOLE_STATES,
     RowMatch,
     clear_new_rows,
     match_rows,
@@ -226,7 +227,7 @@ def _match_rows(
         return found
     for name in names:
         table = _feature_table(name)
-        if table is not None:
+        if table is not None and not name.endswith(WHOLE_STATES):
             saved, wanted = (
                 _values(known, table) for known in (checkpoint.vocabulary, numbering.vocabulary)
             )

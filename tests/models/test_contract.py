@@ -240,3 +240,11 @@ def test_trained_in_bf16_it_gives_float32_vectors_near_those_of_float32(
     assert {p.grad.dtype for p in backbone.parameters() if p.grad is not None} == {torch.float32}
     backbone.eval()
     assert vectors().equal(expected)
+
+
+def test_every_parameter_is_in_one_group_of_layers(build: Callable[..., Backbone]) -> None:
+    backbone = build()
+    names = [n for group in backbone.layers() for part in group.values() for n in part]
+    for parameter, _ in backbone.named_parameters():
+        assert sum(f"{parameter}.".startswith(f"{name}.") for name in names) == 1, parameter
+    assert "items" in backbone.layers()[0]["item table"]

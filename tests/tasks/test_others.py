@@ -64,7 +64,7 @@ def test_asked_rows_and_their_history_are_all_of_a_users_training(
             if user < 0:
                 assert asked == history == []
                 continue
-            assert len(asked) == min(3, (len(trained[user]) + 1) // 2)
+            assert len(asked) == min(3, (len(trained[user]) + 2) // 3)
             others = sorted(trained[user] - set(asked))
             assert history == items[torch.tensor(others)].tolist()
             asked_ever |= set(asked) if user == 3 else set()

@@ -213,6 +213,7 @@ def _written_out(
     memory = backbone.encode_items(ids, table[ids])
     residual = task.labels[torch.tensor(history, dtype=torch.int64)] - task.mean - bias[ids]
     mean = residual.sum() / (len(history) + 10 / information)
+    residual = residual - mean
 
     def likeness(x: Tensor) -> Tensor:
         return attention.likeness(attention.norm(x))
@@ -231,16 +232,17 @@ def _written_out(
             )
         ]
     )
-    taste = head.taste
-    said = residual @ taste.said(taste.norm(memory)) / math.sqrt(len(history) + 10 / information)
-    t_ui = said @ taste.asked(taste.norm(item_vector)) / math.sqrt(DIM)
-    echoes = torch.stack([mean, *(share[1:] @ residual for share in shares), t_ui])
+    echoes = torch.stack([mean, *(share[1:] @ residual for share in shares)])
     fields = [
         task.features["user"](one),
         task.features["item"](target),
         task.features["interaction"](torch.tensor([row])),
     ]
     assert sum(field.shape[1] for field in fields) == len(FEATURES)
+    factors = head.factors
+    told = (residual.unsqueeze(1) * factors.said(memory) + factors.taken(memory)).sum(0)
+    p_u = told / math.sqrt(len(history) + 1) + fields[0][0].sum(0)
+    t_ui = p_u @ (factors.asked(item_vector) + fields[1][0].sum(0))
     x = torch.cat(
         [
             user_vector,
@@ -249,10 +251,12 @@ def _written_out(
             torch.cat(fields, dim=1).flatten(),
             user_vector * item_vector,
             echoes,
+            t_ui.unsqueeze(0),
         ]
     )
     hidden = F.gelu(head.hidden[0](x))
-    deviation, learned = bias[target[0]] + echoes @ head.echo_weight, head.out(hidden)[0]
+    deviation = bias[target[0]] + echoes @ head.echo_weight + information * t_ui
+    learned = head.out(hidden)[0]
     if task.name == "rating":
         return float((task.mean + deviation + learned).clamp(1, 5))
     logit = math.log(task.mean / (1 - task.mean)) + deviation / (task.mean * (1 - task.mean))

@@ -57,6 +57,7 @@ from torchrec_pt.config.tasks import (
     transfer_of,
 )
 from torchrec_pt.config.training import PretrainConfig, TrainConfig
+from torchrec_pt.config.tune import Domain, TuneConfig
 
 __all__ = [
     "Autoencoder",
@@ -68,6 +69,7 @@ __all__ = [
     "CtrConfig",
     "DataConfig",
     "Denoising",
+    "Domain",
     "EvaluateConfig",
     "ExportConfig",
     "Feature",
@@ -99,6 +101,7 @@ __all__ = [
     "TrainConfig",
     "TransferConfig",
     "TransformerConfig",
+    "TuneConfig",
     "TwoTowerConfig",
     "transfer_of",
 ]

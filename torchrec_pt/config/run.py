@@ -12,6 +12,7 @@ from torchrec_pt.config.model import ModelConfig, TransformerConfig
 from torchrec_pt.config.section import Section
 from torchrec_pt.config.tasks import FinetuneConfig
 from torchrec_pt.config.training import PretrainConfig
+from torchrec_pt.config.tune import TuneConfig
 
 
 class Candidates(Section):
@@ -68,6 +69,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     show: ShowConfig = ShowConfig()
+    tune: TuneConfig | None = None
 
     @field_validator("model", mode="before")
     @classmethod
@@ -78,8 +80,7 @@ class RunConfig(Section):
     def _starts_from_one_model(self) -> RunConfig:
         if self.pretrain is not None and self.finetune.start_from is not None:
             raise ValueError(
-                "finetune.start_from: takes the place of pretraining, and [pretrain] is given "
-                "too; leave one of them out"
+                "finetune.start_from takes the place of pretraining; drop it, or drop [pretrain]"
             )
         return self
 

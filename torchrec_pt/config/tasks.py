@@ -58,7 +58,7 @@ class TransferConfig(Section):
         if self.linear_probe:
             idle |= {"freeze"} & self._changed
         if idle:
-            raise ValueError(f"{what} leaves nothing of the backbone to {min(idle)}; drop one")
+            raise ValueError(f"{what} keeps all of the backbone as it is; drop {min(idle)}")
         return self
 
     @property
@@ -75,8 +75,8 @@ class TransferConfig(Section):
 class TaskConfig(TrainConfig):
     """What every fine-tuning task shares."""
 
-    # The settings that make the task's head linear; none where it cannot be.
-    linear_head: ClassVar[Mapping[str, Any]] = {}
+    # The settings that make the task's head linear.
+    linear_head: ClassVar[Mapping[str, Any]]
 
     label_fraction: float = Field(
         1.0, gt=0, le=1, description="share of the training labels that are used, drawn by seed"
@@ -101,14 +101,9 @@ class TaskConfig(TrainConfig):
     def _a_probe_has_a_linear_head(self) -> TaskConfig:
         if not self.transfer.linear_probe:
             return self
-        if not self.linear_head:
-            raise ValueError("transfer.linear_probe needs a head, the task has none; drop it")
         for name, value in self.linear_head.items():
             if getattr(self, name) != value:
-                raise ValueError(
-                    f"transfer.linear_probe has a linear head, {name} is {getattr(self, name)}; "
-                    f"drop {name}"
-                )
+                raise ValueError(f"transfer.linear_probe wants a linear head; drop {name}")
         return self
 
     @property
@@ -231,6 +226,9 @@ class PairConfig(TaskConfig):
         1, ge=1, description="from the asked item to the user's history; divides model.dim"
     )
     dropout: float = Field(0.2, ge=0, le=0.99)
+    factor_l2: float = Field(
+        0.02, ge=0, description="of the squared factors of a pair's user and item, beside its loss"
+    )
     shrinkage: float = Field(
         10.0, ge=0, description="labels (for clicks, even ones) that pull a mean to 0"
     )

@@ -2,14 +2,13 @@
 
 The head starts from biases and adds what the user's labels say of their neighbours:
 
-    y = base + slope · (b_i + w · [m_u, a_ui, t_ui]) + MLP(layers(u, i, [z_ui, features]), echoes)
+    y = base + slope · (b_i + w · [m_u, a_ui] + t_ui) + MLP(layers(u, i, [z_ui, features]), echoes)
 
 b_i is the item's bias, m_u the mean of the residuals in the user's history (Koren 2010,
 "Factor in the neighbors", section 2.1), and a_ui their means by attention from the target item,
 one a head (Zhou et al. 2018, DIN), an item-kNN whose similarities are learned; z_ui is the same
-mean of the history's item vectors. t_ui is an asymmetric SVD (Koren 2010, section 4): the sum of
-the history's vectors, each times its residual, set against the target's. Echoes are m_u, a_ui
-and t_ui. `layers` are those of `interactions`.
+mean of the history's item vectors. t_ui is the factor model of `Factors`. Echoes are m_u, a_ui
+and t_ui; `layers` those of `interactions`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
 import torch
@@ -40,22 +40,40 @@ class Pairs:
         memory: R rows of the item vectors (T, D) of the user's history, with theirs.
         residuals: (T,) what the user's labels of the history differ from what was expected; NaN
             where the label is not known.
-        fields: (P, F, D) vectors of the features of user, item and interaction.
+        user_fields, item_fields, other_fields: (P, …, D) vectors of the features of the user, the
+            item and the interaction.
     """
 
     users: Tensor
     targets: Jagged
     memory: Jagged
     residuals: Tensor
-    fields: Tensor
+    user_fields: Tensor
+    item_fields: Tensor
+    other_fields: Tensor
+
+
+class Judged(NamedTuple):
+    """Of P pairs.
+
+    Attributes:
+        deviation: (P,) w · [m_u, a_ui] + t_ui, in the unit of the labels.
+        learned: (P,) the MLP.
+        size: (P,) ‖p_u‖² + ‖q_i‖² of the factors.
+    """
+
+    deviation: Tensor
+    learned: Tensor
+    size: Tensor
 
 
 class PairHead(nn.Module):
-    """w · [m_u, a_ui, t_ui] and the MLP of the formula above; the MLP starts at 0.
+    """Everything of the formula above but b_i; the MLP starts at 0.
 
     Args:
         shrinkage: observations that pull m_u to 0.
         attention_weight: where the weights of a_ui start, their sum.
+        factor_weight: of t_ui, which starts small.
     """
 
     def __init__(
@@ -68,13 +86,15 @@ class PairHead(nn.Module):
         num_heads: int,
         shrinkage: float,
         attention_weight: float,
+        factor_weight: float,
     ) -> None:
         super().__init__()
         self.shrinkage = shrinkage
         self.attention = HistoryAttention(dim, num_heads)
-        self.taste = Taste(dim)
+        self.factors = Factors(dim)
         each = attention_weight / num_heads
-        self.echo_weight = nn.Parameter(torch.tensor([0.5, *[each] * num_heads, 0.0]))
+        self.echo_weight = nn.Parameter(torch.tensor([1.0, *[each] * num_heads]))
+        self.factor_weight = factor_weight
         self.interactions = Interactions(interactions, dim, 1 + num_fields)
         widths = [self.interactions.out_dim + num_heads + 2, *hidden_dims]
         self.hidden = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
@@ -82,24 +102,30 @@ class PairHead(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, pairs: Pairs, drop: RowDropout) -> tuple[Tensor, Tensor]:
-        """(P,) w · [m_u, a_ui, t_ui], and (P,) the MLP."""
+    def forward(self, pairs: Pairs, drop: RowDropout, drop_memory: RowDropout) -> Judged:
+        """`drop`: of the P pairs; `drop_memory`: of the T items of the histories."""
         row = pairs.targets.rows
         # Indexing would add up its gradient in the order in which threads come.
         user, item = F.embedding(row, pairs.users), pairs.targets.values
         is_known = ~pairs.residuals.isnan()
         residuals = pairs.memory.with_values(pairs.residuals.nan_to_num(0.0))
-        attended, echo = self.attention(pairs.targets, pairs.memory, residuals.values, is_known)
         num_known = sums_of_rows(residuals.with_values(is_known.float()))
-        shrunk = num_known + self.shrinkage
-        mean = sums_of_rows(residuals) / shrunk.clamp(min=1)
-        taste = self.taste(pairs.targets, pairs.memory, residuals.values, shrunk)
-        echoes = torch.cat([mean[row].unsqueeze(1), echo, taste.unsqueeze(1)], dim=1)
-        fields = torch.cat([attended.unsqueeze(1), pairs.fields], dim=1)
-        x = torch.cat([self.interactions(user, item, fields), echoes], dim=1)
+        mean = sums_of_rows(residuals) / (num_known + self.shrinkage).clamp(min=1)
+        beyond = torch.where(
+            is_known,
+            residuals.values - F.embedding(residuals.rows, mean.unsqueeze(1)).squeeze(1),
+            0.0,
+        )
+        attended, echo = self.attention(pairs.targets, pairs.memory, beyond, is_known)
+        factored, size = self.factors(pairs, beyond, drop, drop_memory)
+        echoes = torch.cat([mean[row].unsqueeze(1), echo], dim=1)
+        deviation = echoes @ self.echo_weight + self.factor_weight * factored
+        fields = [attended.unsqueeze(1), pairs.user_fields, pairs.item_fields, pairs.other_fields]
+        x = self.interactions(user, item, torch.cat(fields, dim=1))
+        x = torch.cat([x, echoes, factored.unsqueeze(1)], dim=1)
         for layer in self.hidden:
             x = drop(F.gelu(layer(x)))
-        return echoes @ self.echo_weight, self.out(x).squeeze(1)
+        return Judged(deviation, self.out(x).squeeze(1), size)
 
 
 class HistoryAttention(nn.Module):
@@ -165,21 +191,40 @@ class HistoryAttention(nn.Module):
         return self.elapsed.gather(1, flat).unflatten(1, bucket.shape).transpose(0, 1)
 
 
-class Taste(nn.Module):
-    """t_ui = Σ_j r_j x_j · y_i / √(num_known + shrinkage), x and y linear in the item vectors."""
+class Factors(nn.Module):
+    """t_ui = p_u · q_i, a factor model whose users are what their history says.
+
+    p_u = (Σ_j r_j B v_j + Σ_j C v_j) / √(n + 1) + the user's features, over the n items of the
+    history, of which the labels of some may be unknown (r_j = 0); q_i = A v_i + the item's
+    features. It is SVD++ without vectors of the users' own (Koren 2008, section 3 and 4), all
+    vectors linear in the model's item vectors v.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
         self.said = nn.Linear(dim, dim, bias=False)
+        self.taken = nn.Linear(dim, dim, bias=False)
         self.asked = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.asked.weight)  # whatever the vectors' size
+        for layer in (self.said, self.taken):
+            nn.init.normal_(layer.weight, std=0.1)
 
-    def forward(self, targets: Jagged, memory: Jagged, residuals: Tensor, shrunk: Tensor) -> Tensor:
-        """(P,)"""
-        said = self.said(self.norm(memory.values)) * residuals.unsqueeze(1)
-        taste = sums_of_rows(memory.with_values(said)) / shrunk.clamp(min=1).sqrt().unsqueeze(1)
-        asked = self.asked(self.norm(targets.values))
-        return (F.embedding(targets.rows, taste) * asked).sum(1) / asked.shape[1] ** 0.5
+    def forward(
+        self, pairs: Pairs, residuals: Tensor, drop: RowDropout, drop_memory: RowDropout
+    ) -> tuple[Tensor, Tensor]:
+        """(P,) t_ui and (P,) ‖p_u‖² + ‖q_i‖².
+
+        Args:
+            residuals: (T,) as of the pairs, 0 where unknown.
+        """
+        vectors, row = pairs.memory.values, pairs.targets.rows
+        told = drop_memory(residuals.unsqueeze(1) * self.said(vectors) + self.taken(vectors))
+        root = (pairs.memory.lengths + 1).sqrt().unsqueeze(1)
+        user = F.embedding(row, sums_of_rows(pairs.memory.with_values(told)) / root)
+        user = user + pairs.user_fields.sum(1)
+        item = self.asked(pairs.targets.values) + pairs.item_fields.sum(1)
+        size = user.square().sum(1) + item.square().sum(1)
+        return (drop(user) * drop(item)).sum(1), size
 
 
 def sums_of_rows(jagged: Jagged) -> Tensor:

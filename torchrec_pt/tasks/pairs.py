@@ -25,7 +25,7 @@ from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.models.dropout import RowDropout
 from torchrec_pt.models.feature_encoder import FeatureEncoder
-from torchrec_pt.models.pair_head import PairHead, Pairs
+from torchrec_pt.models.pair_head import Judged, PairHead, Pairs
 from torchrec_pt.objectives.loss_term import LossTerm
 from torchrec_pt.objectives.lots import draw_place
 from torchrec_pt.rng import RowNoise
@@ -99,6 +99,7 @@ class PairTask(nn.Module, ABC):
             num_heads=config.attention_heads,
             shrinkage=self.shrinkage,
             attention_weight=0.5 * self.information,
+            factor_weight=self.information,
         )
 
     # --- the task's own ---------------------------------------------------------------------
@@ -157,14 +158,14 @@ class PairTask(nn.Module, ABC):
         return before.windows(0 * num_before, num_before), targets
 
     def _draw_among_all(self, keys: RowKeys) -> tuple[Jagged, Jagged]:
-        """The same where asked rows lie anywhere; at most half of a user's labels are asked."""
+        """The same where asked rows lie anywhere; at most a third of a user's labels are asked."""
         rows = rows_of_users(self._train, keys.users)
         is_askable = ~self._told[rows.values].isnan()
         lots = keys.noise.per_token(f"{self.name}.asked", rows.rows, rows.positions)
         order = torch.where(is_askable, lots, 2.0).argsort(stable=True)
         order = order[rows.rows[order].argsort(stable=True)]
         num_askable = torch.zeros_like(rows.lengths).index_add(0, rows.rows, is_askable.long())
-        num_asked = ((num_askable + 1) // 2).clamp(max=self.config.targets_per_cut)
+        num_asked = ((num_askable + 2) // 3).clamp(max=self.config.targets_per_cut)
         is_asked = torch.zeros_like(is_askable)
         is_asked[order] = rows.positions < num_asked[rows.rows]
         others = rows.filter(~is_asked & (num_asked > 0)[rows.rows])
@@ -210,13 +211,15 @@ class PairTask(nn.Module, ABC):
         label = drawn.tensors["label"]
         # Without the asked label itself, which a held-out pair's bias does not know either.
         own = torch.where(drawn.tensors["interaction"] == NO_INTERACTION, torch.nan, label)
-        linked = self._linked(backbone, drawn, keys.users, keys.noise, own)
-        return LossTerm(self.total_loss(linked, label), label.new_tensor(float(len(label))))
+        linked, size = self._linked(backbone, drawn, keys.users, keys.noise, own)
+        total = self.total_loss(linked, label) + self.config.factor_l2 * size.sum()
+        return LossTerm(total, label.new_tensor(float(len(label))))
 
     def predict(self, backbone: Backbone, drawn: Embedded, users: Tensor) -> Tensor:
         """(P,) in the unit of the labels."""
         own = torch.full_like(drawn.tensors["label"], torch.nan)
-        return self.final(self._linked(backbone, drawn, users, None, own))
+        linked, _ = self._linked(backbone, drawn, users, None, own)
+        return self.final(linked)
 
     def _linked(
         self,
@@ -225,8 +228,8 @@ class PairTask(nn.Module, ABC):
         users: Tensor,
         noise: RowNoise | None,
         own: Tensor,
-    ) -> Tensor:
-        """(P,) the formula of `pair_head`.
+    ) -> tuple[Tensor, Tensor]:
+        """(P,) the formula of `pair_head`, and (P,) the squared sizes of its factors.
 
         Args:
             own: (P,) labels that the items' deviations hold and must not; NaN for none.
@@ -237,11 +240,6 @@ class PairTask(nn.Module, ABC):
         row = target.rows
         none = torch.full_like(tensors["history_label"], torch.nan)
         expected = self.mean + self._item_biases(history.values, none).detach()
-        fields = [
-            self.features["user"](users[row]),
-            self.features["item"](target.values),
-            self.features["interaction"](tensors["interaction"]),
-        ]
         pairs = Pairs(
             users=backbone.encode_users(users, rows.tail(self._encoded_length), noise),
             targets=Jagged(
@@ -255,11 +253,16 @@ class PairTask(nn.Module, ABC):
                 tensors.get("history_time"),
             ),
             residuals=tensors["history_label"] - expected,
-            fields=torch.cat(fields, dim=1),
+            user_fields=self.features["user"](users[row]),
+            item_fields=self.features["item"](target.values),
+            other_fields=self.features["interaction"](tensors["interaction"]),
         )
-        drop = RowDropout(self.config.dropout, noise, f"{self.name}.dropout", row, target.positions)
-        echo, learned = self.head(pairs, drop)
-        return self.link(self._item_biases(target.values, own) + echo) + learned
+        p, name = self.config.dropout, f"{self.name}.dropout"
+        drop = RowDropout(p, noise, name, row, target.positions)
+        of_memory = RowDropout(p, noise, f"{name} of memory", history.rows, history.positions)
+        judged: Judged = self.head(pairs, drop, of_memory)
+        deviation = self._item_biases(target.values, own) + judged.deviation
+        return self.link(deviation) + judged.learned, judged.size
 
     def _item_biases(self, items: Tensor, own: Tensor) -> Tensor:
         """(T,) shrunk mean deviations of the items (T,) without the labels `own`, and what is

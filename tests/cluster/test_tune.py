@@ -1,0 +1,159 @@
+"""A search by Ray Tune: what Optuna proposes, what ASHA stops, what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from cluster import tune as command
+from cluster.proposals import SCORE, Proposals
+from cluster.submit import python_path
+from tests.conftest import tiny_config
+from torchrec_pt.config import RunConfig
+from torchrec_pt.config_file import load_config, with_values
+from torchrec_pt.trials import Trial
+
+CONFIG = """\
+run_dir = "run"
+
+[data]
+format = "tsv"
+path = "log.tsv"
+columns = { rating = "rating", timestamp = "timestamp" }
+
+[model]
+dim = 16
+num_layers = 1
+max_length = 8
+attention = "causal"
+
+[pretrain]
+epochs = 4
+batch_size = 10
+warmup_steps = 0
+learning_rate = 1e-2
+objectives = [{ name = "next_item" }]
+
+[tune]
+task = "pretrain"
+num_trials = 3
+grace_epochs = 2
+
+[tune.space]
+pretrain.learning_rate = { choices = [1e-7, 1e30] }
+"""
+
+
+def _search(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.tune", "run.toml", "--local", "--parallel=1", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_asha_stops_what_falls_behind_and_the_best_is_written_as_without_ray(
+    tmp_path: Path, cycle_folder: Path
+) -> None:
+    (tmp_path / "run.toml").write_text(CONFIG)
+    (tmp_path / "log.tsv").symlink_to(cycle_folder / "log.tsv")
+    done = _search(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "prepare: 37 users, 30 items" in done.stdout
+    assert done.stdout.count(" of 3: ") == 3
+    assert not done.stderr
+
+    lines = (tmp_path / "run/tune/trials.jsonl").read_text().splitlines()
+    trials = [Trial(**json.loads(line)) for line in lines]
+    by_rate = {trial.values["pretrain.learning_rate"]: trial for trial in trials}
+    assert {rate: trial.state for rate, trial in by_rate.items()} == {
+        1e-2: "done",
+        1e-7: "stopped",
+        1e30: "failed",
+    }
+    assert by_rate[1e-7].epochs == 2
+    assert "loss is not finite" in by_rate[1e30].reason
+    assert by_rate[1e-2].number == 0
+
+    best = load_config(tmp_path / "run/tune/best.toml")
+    assert best == with_values(load_config(tmp_path / "run.toml"), {})
+
+    again = _search(tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "tune: 3 trials ended before" in again.stdout
+    assert " of 3: " not in again.stdout
+
+    refused = _search(tmp_path, "--set", "data.path=no.tsv")
+    assert refused.returncode == 2
+    assert refused.stderr == "cluster.tune: data.path: no.tsv does not exist; check the path\n"
+
+
+def test_a_cluster_must_be_named_and_see_the_paths(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(CONFIG)
+    for arguments, said in (
+        ([], "run_dir: on a cluster it must be absolute"),
+        (["--set", "run_dir=/r", "--set", "data.path=/d"], "--address: which cluster?"),
+        (["--local", "--address", "auto"], "--local: starts a Ray of its own"),
+    ):
+        done = CliRunner().invoke(command.app, [str(tmp_path / "run.toml"), *arguments])
+        assert isinstance(done.exception, ValueError)
+        assert str(done.exception).startswith(said)
+
+
+SPACE: dict[str, Any] = {
+    "pretrain.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
+    "pretrain.weight_decay": {"low": 0.0, "high": 0.1, "step": 0.01},
+    "model.dim": {"low": 16, "high": 64, "step": 16, "integer": True},
+    "pretrain.objectives": {"choices": [[{"name": "masked_item"}], [{"name": "next_item"}]]},
+}
+
+
+def _config(tmp_path: Path, seed: int = 0) -> RunConfig:
+    tune = {"task": "pretrain", "num_trials": 12, "seed": seed, "space": SPACE}
+    return tiny_config(tmp_path, tune=tune)
+
+
+def _proposed(proposals: Proposals, num: int) -> list[dict[str, Any]]:
+    given = []
+    for place in range(num):
+        given.append(proposals.suggest(str(place)))
+        score = -given[-1]["values"]["model.dim"]
+        proposals.on_trial_complete(str(place), {SCORE: score, "training_iteration": 1})
+    return given
+
+
+def test_proposals_lie_in_the_space_and_depend_on_the_seed(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    assert config.tune is not None
+    given = _proposed(Proposals(config, {}), 12)
+    assert [one["number"] for one in given] == list(range(12))
+    assert given[0]["values"]["pretrain.learning_rate"] == 1e-3  # as it stands
+    for one in given[1:]:
+        for key, value in one["values"].items():
+            assert config.tune.space[key].contains(value)
+        with_values(config, one["values"])
+    assert _proposed(Proposals(config, {}), 12) == given
+    assert _proposed(Proposals(_config(tmp_path, seed=1), {}), 12)[1:] != given[1:]
+
+
+def test_what_ended_before_is_known_and_not_proposed_again(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    given = _proposed(Proposals(config, {}), 6)
+    ended = {
+        one["number"]: Trial(one["number"], one["values"], "failed")
+        for one in given
+        if one["number"] != 2
+    }
+    resumed = _proposed(Proposals(config, ended), 7)
+    assert [one["number"] for one in resumed] == [2, *range(6, 12)]
+    before = [one["values"] for one in given]
+    assert not any(one["values"] in before for one in resumed)
