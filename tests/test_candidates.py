@@ -18,7 +18,7 @@ from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, joined_ranks
-from torchrec_pt.evaluate import HeldOut, held_out
+from torchrec_pt.held_out import HeldOut, held_out
 
 CPU = torch.device("cpu")
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import torchrec_pt
+
 ROOT = Path(__file__).parents[1]
 
 # From the bottom to the top. A module or folder may import its own layer and those below it.
@@ -40,7 +42,7 @@ LAYERS = (
         "transfer",
         "transfer_table",
         "scoring",
-        "evaluate",
+        "held_out",
         "candidates",
         "baselines",
     },
@@ -214,3 +216,8 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
     circle = _circle(_imports(root))
     assert circle[0] == circle[-1]
     assert sorted(circle[1:]) == names
+
+
+def test_no_module_stands_where_a_function_of_the_package_should() -> None:
+    modules = {name.split(".")[1] for name in _modules(ROOT) if name.startswith("torchrec_pt.")}
+    assert not modules & set(torchrec_pt.__all__)

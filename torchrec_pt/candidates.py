@@ -20,7 +20,7 @@ from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, gather_integers, raised_together
-from torchrec_pt.evaluate import HeldOut
+from torchrec_pt.held_out import HeldOut
 from torchrec_pt.ops.negatives import NegativeSampler
 
 ROWS_AT_A_TIME = 1024

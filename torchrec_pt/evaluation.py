@@ -19,7 +19,7 @@ from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.manifest import Manifest
 from torchrec_pt.distributed import sum_over_ranks
-from torchrec_pt.evaluate import (
+from torchrec_pt.held_out import (
     gather_by_user,
     held_out,
     predict_pairs,

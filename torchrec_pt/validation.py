@@ -12,7 +12,7 @@ from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks
-from torchrec_pt.evaluate import gather_by_user, held_out, predict_pairs, rank_targets
+from torchrec_pt.held_out import gather_by_user, held_out, predict_pairs, rank_targets
 from torchrec_pt.learner import Learner
 from torchrec_pt.metrics import (
     Estimate,

@@ -16,7 +16,7 @@ from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.data.manifest import notices, require_rows
 from torchrec_pt.data.prepare import prepare
 from torchrec_pt.distributed import Ranks
-from torchrec_pt.evaluate import held_out
+from torchrec_pt.held_out import held_out
 
 # user, item, label, split; in time order
 ROWS = [

@@ -22,7 +22,7 @@ from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.prepare import prepare
 from torchrec_pt.distributed import Ranks, joined_ranks
-from torchrec_pt.evaluate import predict_pairs
+from torchrec_pt.held_out import predict_pairs
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.positions import NUM_TIME_BUCKETS, TIME_BUCKET_WIDTH
 from torchrec_pt.rng import RowNoise

@@ -20,7 +20,7 @@ from torchrec_pt.config import RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, gather_objects, joined_ranks
-from torchrec_pt.evaluate import gather_by_user, held_out, predict_pairs, rank_targets
+from torchrec_pt.held_out import gather_by_user, held_out, predict_pairs, rank_targets
 from torchrec_pt.objectives.build import build_objectives
 from torchrec_pt.optim import Optimizers
 from torchrec_pt.plan import table_plans

@@ -19,7 +19,7 @@ from torchrec_pt.config import TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.distributed import Ranks, joined_ranks
-from torchrec_pt.evaluate import HeldOut, held_out, rank_and_list, rank_targets
+from torchrec_pt.held_out import HeldOut, held_out, rank_and_list, rank_targets
 from torchrec_pt.metrics import ranking_metrics
 from torchrec_pt.scoring import ModelScorer, top_items
 
