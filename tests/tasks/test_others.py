@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import FEATURES, embedded, tiny_config
+from tests.conftest import embedded
 from tests.tasks.test_pairs import built, pair_config, parts_of, rows_of_ids
-from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.data.prepare import prepare
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.tasks.labels import labelled
 
@@ -25,19 +22,6 @@ EVERYTHING: dict[str, Any] = {"context": "others", "context_length": 99}
 def ranks() -> Iterator[Ranks]:
     with joined_ranks() as ranks:
         yield ranks
-
-
-@pytest.fixture(scope="module")
-def scattered(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
-    """Validation and test rows anywhere between the training rows of a user."""
-    out = tmp_path_factory.mktemp("others") / "prepared"
-    data = tiny_config(cycle_folder, FEATURES).data
-    split = {"rule": "ratio", "valid": 0.2, "test": 0.2}
-    config = RunConfig.model_validate(
-        {"run_dir": out, "data": {**data.model_dump(), "split": split}}
-    )
-    prepare(config.data, out, 0)
-    return PreparedDataset.load(out)
 
 
 def _rows_by_user(data: PreparedDataset, most_split: int) -> list[set[int]]:

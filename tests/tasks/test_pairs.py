@@ -20,7 +20,6 @@ from torchrec_pt.config import CtrConfig, RunConfig
 from torchrec_pt.data.batch import Rows, rows_of_users
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
-from torchrec_pt.data.prepare import prepare
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.held_out import predict_pairs
 from torchrec_pt.models.backbone import Backbone
@@ -46,19 +45,6 @@ EVERY_TASK = pytest.mark.parametrize("name", list(TASKS))
 def ranks() -> Iterator[Ranks]:
     with joined_ranks() as ranks:
         yield ranks
-
-
-@pytest.fixture(scope="module")
-def scattered(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
-    """Validation and test rows anywhere between the training rows of a user."""
-    out = tmp_path_factory.mktemp("scattered") / "prepared"
-    data = tiny_config(cycle_folder, FEATURES).data
-    split = {"rule": "ratio", "valid": 0.2, "test": 0.2}
-    config = RunConfig.model_validate(
-        {"run_dir": out, "data": {**data.model_dump(), "split": split}}
-    )
-    prepare(config.data, out, 0)
-    return PreparedDataset.load(out)
 
 
 def pair_config(name: str, model: str = "bidirectional", **task: Any) -> RunConfig:
