@@ -245,6 +245,21 @@ def test_a_probe_hears_no_dropout_in_its_backbone_and_trains_a_linear_head(
         assert quiet.equal(backbone.encode_users(users, history, RowNoise(0, 0, users)))
 
 
+def test_a_probe_of_ranking_trains_a_map_of_the_users_vector_alone(
+    cycle_folder: Path, cycle_with_features: PreparedDataset, pretrained: Path, tmp_path: Path
+) -> None:
+    finetune = {"start_from": pretrained, **_task({"ranking": STEPS}, PROBE)}
+    config = _config(cycle_folder, tmp_path, pretrain=None, finetune=finetune)
+    assert config.finetune.ranking is not None
+    assert config.finetune.ranking.head == "linear"
+    with joined_ranks():
+        _, optimizers = _built(config, cycle_with_features)
+        assert set(optimizers.parameters) == {"objectives.ranking.head.map.weight"}
+    curve = pipeline.finetune(config)["ranking"]["pretrained"].values["curve"]
+    assert len(curve) == 4
+    assert curve[-1]["losses"]["ranking"] < curve[1]["losses"]["ranking"]
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_unfreezing_goes_on_in_the_middle_of_an_epoch_to_the_same_bits(
     cycle_folder: Path,
