@@ -277,8 +277,8 @@ class PairTask(nn.Module, ABC):
         """(P,) prediction from the mean, the item's bias and the user's mean residual alone.
 
         Koren 2010, section 2.1, with the biases of training data; the user's from all of the
-        history, where the head starts from half of that over the newest rows, and half of what
-        the attention says.
+        history, where the head starts from that over the newest rows, and half of what the
+        attention says beyond it.
         """
         biases = (self._deviation / (self._count + self.shrinkage).clamp(min=1)).cpu().double()
         known = asked.known.values
