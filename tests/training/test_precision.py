@@ -93,7 +93,8 @@ def test_validation_is_in_float32(
         newest = saved(result.folder / "checkpoints")[-1]
         learner = load_learner(config, newest, cycle_with_features, ranks, tasks)
         found = validation(config, cycle_with_features, learner, ranks)()
-    assert found == result.values["curve"][-1]["metrics"]
+    # The GAUC of users with one row each is NaN.
+    np.testing.assert_equal(found, result.values["curve"][-1]["metrics"])
 
 
 def test_a_linear_layer_multiplies_in_bf16_while_it_trains_and_keeps_float32_weights() -> None:

@@ -154,11 +154,12 @@ class HistoryAttention(nn.Module):
 
         The residuals' mean is over the items of known labels, (T,) bool, alone.
         """
+        # In the type of the vectors, which linear layers leave where they multiply in bfloat16.
         query, key = (
-            _padded(each.with_values(self.likeness(self.norm(each.values))))
+            _padded(each.with_values(self.likeness(self.norm(each.values)).to(each.values)))
             for each in (targets, memory)
         )
-        value = _padded(memory.with_values(self.value(memory.values)))
+        value = _padded(memory.with_values(self.value(memory.values).to(memory.values)))
         query, key, value = (
             each.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for each in (query, key, value)
         )
