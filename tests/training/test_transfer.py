@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -286,7 +287,8 @@ def test_unfreezing_goes_on_in_the_middle_of_an_epoch_to_the_same_bits(
         pipeline.finetune(config("broken"))
     monkeypatch.undo()
     resumed = pipeline.finetune(config("broken"))["ctr"]["pretrained"]
-    assert resumed.values["curve"] == whole.values["curve"]
+    # The GAUC of users with one row each is NaN.
+    np.testing.assert_equal(resumed.values["curve"], whole.values["curve"])
     last, again = (_tensors(saved(r.folder / "checkpoints")[-1]) for r in (whole, resumed))
     assert last.keys() == again.keys()
     assert [name for name in last if not last[name].equal(again[name])] == []
