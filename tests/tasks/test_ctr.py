@@ -97,6 +97,7 @@ def test_beside_each_click_stand_items_that_the_user_has_not_in_training(
             [4, -1, 9, 2], parts_of(targets), parts_of(targets.with_values(marks)), strict=True
         ):
             clicked = [i for i in interactions if i >= 0]
+            assert bool(clicked) == (user >= 0)
             assert len(items) == 4 * len(clicked)
             assert items[: len(clicked)] == cycle.interactions.values[clicked].tolist()
             assert not taken[user] & set(items[len(clicked) :]) if user >= 0 else not items

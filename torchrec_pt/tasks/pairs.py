@@ -70,14 +70,14 @@ class PairTask(nn.Module, ABC):
         self._encoded_length = model.history_length
         self._items = dataset.interactions.values
         self.labels = labels
-        is_labelled = labelled(dataset, config.label_fraction, seed)
+        self._is_labelled = labelled(dataset, config.label_fraction, seed)
         # What a history tells of its labels; NaN where nothing is known.
-        self._told = torch.where(is_labelled, labels, torch.nan)
+        self._told = torch.where(self._is_labelled, labels, torch.nan)
         rows = dataset.interactions.with_values(torch.arange(len(labels)))
         is_train = dataset.split == TRAIN
         self._train = rows.filter(is_train)
         self._place = is_train.cumsum(0) - 1 - self._train.offsets[rows.rows]
-        self._askable = rows.filter(is_train & is_labelled)
+        self._askable = rows.filter(is_train & self._is_labelled)
         asked = self._askable.values
         self.mean = self._mean_label(labels[asked])
         self.shrinkage = config.shrinkage / self.information
@@ -160,7 +160,7 @@ class PairTask(nn.Module, ABC):
     def _draw_among_all(self, keys: RowKeys) -> tuple[Jagged, Jagged]:
         """The same where asked rows lie anywhere; at most a third of a user's labels are asked."""
         rows = rows_of_users(self._train, keys.users)
-        is_askable = ~self._told[rows.values].isnan()
+        is_askable = self._is_labelled[rows.values]
         lots = keys.noise.per_token(f"{self.name}.asked", rows.rows, rows.positions)
         order = torch.where(is_askable, lots, 2.0).argsort(stable=True)
         order = order[rows.rows[order].argsort(stable=True)]
