@@ -110,11 +110,14 @@ class Jagged:
         kept_before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
         return self._taken(keep, kept_before[self.offsets])
 
+    def argsort(self) -> Tensor:
+        """(T,) int64 places of the values (T,), ascending in each row; equal ones as they stand."""
+        order = self.values.argsort(stable=True)
+        return order[self.rows[order].argsort(stable=True)]
+
     def to_sets(self) -> Jagged:
         """The values of each row once, ascending; without times."""
-        order = self.values.argsort(stable=True)
-        order = order[self.rows[order].argsort(stable=True)]
-        ascending = Jagged(self.values[order], self.offsets)
+        ascending = Jagged(self.values[self.argsort()], self.offsets)
         is_first = torch.ones_like(ascending.values, dtype=torch.bool)
         is_first[1:] = (ascending.values.diff() != 0) | (ascending.rows.diff() != 0)
         return ascending.filter(is_first)

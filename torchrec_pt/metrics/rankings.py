@@ -23,8 +23,7 @@ def ranking_metrics(ranks: Jagged, ks: Sequence[int]) -> dict[str, Tensor]:
         divided by the number of relevant items, at most k), and "mrr" of the best rank.
     """
     users, num_relevant = ranks.rows, ranks.lengths
-    order = ranks.values.argsort()
-    ascending = ranks.values[order[users[order].argsort(stable=True)]]
+    ascending = ranks.values[ranks.argsort()]
     precision = (ranks.positions + 1) / ascending.double()  # at each relevant item's rank
     discount = 1 / torch.log2(ascending.double() + 1)
     best = ascending[ranks.offsets[:-1]]

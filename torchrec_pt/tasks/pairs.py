@@ -162,8 +162,7 @@ class PairTask(nn.Module, ABC):
         rows = rows_of_users(self._train, keys.users)
         is_askable = self._is_labelled[rows.values]
         lots = keys.noise.per_token(f"{self.name}.asked", rows.rows, rows.positions)
-        order = torch.where(is_askable, lots, 2.0).argsort(stable=True)
-        order = order[rows.rows[order].argsort(stable=True)]
+        order = rows.with_values(torch.where(is_askable, lots, 2.0)).argsort()
         num_askable = torch.zeros_like(rows.lengths).index_add(0, rows.rows, is_askable.long())
         num_asked = ((num_askable + 2) // 3).clamp(max=self.config.targets_per_cut)
         is_asked = torch.zeros_like(is_askable)
@@ -217,8 +216,7 @@ class PairTask(nn.Module, ABC):
 
     def predict(self, backbone: Backbone, drawn: Embedded, users: Tensor) -> Tensor:
         """(P,) in the unit of the labels."""
-        own = torch.full_like(drawn.tensors["label"], torch.nan)
-        linked, _ = self._linked(backbone, drawn, users, None, own)
+        linked, _ = self._linked(backbone, drawn, users)
         return self.final(linked)
 
     def _linked(
@@ -226,20 +224,19 @@ class PairTask(nn.Module, ABC):
         backbone: Backbone,
         drawn: Embedded,
         users: Tensor,
-        noise: RowNoise | None,
-        own: Tensor,
+        noise: RowNoise | None = None,
+        own: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(P,) the formula of `pair_head`, and (P,) the squared sizes of its factors.
 
         Args:
-            own: (P,) labels that the items' deviations hold and must not; NaN for none.
+            own: (P,) labels that the items' deviations hold and must not; NaN or None for none.
         """
         tensors = drawn.tensors
         history, target = drawn.ids["history"], drawn.ids["target"]
         rows, target_rows = drawn.vectors["history"], drawn.vectors["target"]
         row = target.rows
-        none = torch.full_like(tensors["history_label"], torch.nan)
-        expected = self.mean + self._item_biases(history.values, none).detach()
+        expected = self.mean + self._item_biases(history.values).detach()
         pairs = Pairs(
             users=backbone.encode_users(users, rows.tail(self._encoded_length), noise),
             targets=Jagged(
@@ -264,12 +261,14 @@ class PairTask(nn.Module, ABC):
         deviation = self._item_biases(target.values, own) + judged.deviation
         return self.link(deviation) + judged.learned, judged.size
 
-    def _item_biases(self, items: Tensor, own: Tensor) -> Tensor:
+    def _item_biases(self, items: Tensor, own: Tensor | None = None) -> Tensor:
         """(T,) shrunk mean deviations of the items (T,) without the labels `own`, and what is
         learned beyond them."""
-        is_own = ~own.isnan()
-        deviation = self._deviation[items] - torch.where(is_own, own - self.mean, 0.0)
-        count = self._count[items] - is_own.float()
+        deviation, count = self._deviation[items], self._count[items]
+        if own is not None:
+            is_own = ~own.isnan()
+            deviation = deviation - torch.where(is_own, own - self.mean, 0.0)
+            count = count - is_own.float()
         closed = deviation / (count + self.shrinkage).clamp(min=1)
         return closed + self.item_bias(items).squeeze(1)
 
