@@ -52,11 +52,16 @@ def machine(device: str) -> str:
     return f"{model}, {os.cpu_count()} cores, {platform.machine()} {capability}"
 
 
-def conditions(device: str) -> dict[str, object]:
+def commit() -> str:
+    """Of the sources, with "-dirty" where they differ from it."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    return subprocess.check_output(describe, cwd=ROOT, text=True).strip()
+
+
+def conditions(device: str) -> dict[str, object]:
     return {
         "command": " ".join(["python", *sys.argv]),
-        "commit": subprocess.check_output(describe, cwd=ROOT, text=True).strip(),
+        "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(device),
         "load_before": _load(),

@@ -11,7 +11,10 @@ from recipes import FINETUNED, Comparison, Recipe, Study, Variation
 
 from torchrec_pt.config_file import load_config
 
-RUNS = ROOT / "runs/reproduce"
+# Relative to ROOT, where the runs are started, so that a digest is the same on every machine.
+RUNS = Path("runs/reproduce")
+# Of what was run, a file a run, kept with the code: a page is written from these alone.
+RECORDS = ROOT / "benchmarks/results/recipes"
 NUM_SEEDS = 3
 
 
@@ -42,7 +45,11 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return RUNS / self.name
+        return ROOT / RUNS / self.name
+
+    @property
+    def record(self) -> Path:
+        return RECORDS / f"{self.name}.json"
 
     @property
     def file(self) -> Path:
@@ -50,7 +57,7 @@ class Run:
 
     @property
     def overrides(self) -> list[str]:
-        return [f"run_dir={self.folder}", *self.settings]
+        return [f"run_dir={RUNS / self.name}", *self.settings]
 
     @property
     def digest(self) -> str:
@@ -58,8 +65,14 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        mark = self.folder / "done.json"
-        return mark.is_file() and json.loads(mark.read_text())["digest"] == self.digest
+        """By the same settings; the record says which commit they were run with."""
+        if not self.record.is_file():
+            return False
+        return bool(json.loads(self.record.read_text())["digest"] == self.digest)
+
+    @property
+    def has_pretraining(self) -> bool:
+        return (self.folder / "pretrain/result.json").is_file()
 
     def link_pretraining(self) -> None:
         """Put the pretraining of the other run where this one's would be.
@@ -133,7 +146,7 @@ def comparison_runs(comparison: Comparison, seed: int) -> tuple[Run, Run, Run]:
         (
             *fixed,
             f"pretrain.epochs={comparison.epochs - half}",
-            f"pretrain.continue_from={begun.folder / 'pretrain'}",
+            f"pretrain.continue_from={RUNS / begun.name / 'pretrain'}",
         ),
     )
     alone = Run(

@@ -7,13 +7,12 @@
 S3-Rec's folder holds Beauty.txt, LastFM.txt and what belongs to them, GroupLens' is ml-100k with
 u1.test … u5.test; a recipe whose data are not there is left out. What is interrupted goes on with
 the same command: a run that is done is not done again, one that was broken off resumes from its
-last checkpoint.
+last checkpoint. What a run reached is kept in benchmarks/results/recipes, whichever machine ran it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conditions import ROOT, machine
+from conditions import ROOT, commit, machine
 from recipe_runs import (
     NUM_SEEDS,
     Run,
@@ -34,9 +33,7 @@ from recipe_runs import (
 from recipes import COMPARISONS, FINETUNED, RECIPES, STUDIES, Recipe
 from results_page import write_page
 from rich.console import Console
-from run_results import METRICS, NAMES
-
-from torchrec_pt.files import write_json
+from run_results import METRICS, NAMES, Result
 
 PARTS = (*RECIPES, *FINETUNED, *STUDIES)
 
@@ -86,13 +83,16 @@ def run_chain(chain: Chain, num_threads: int, console: Console, stop: threading.
         if stop.is_set() or run.is_done:
             continue
         run.folder.mkdir(parents=True, exist_ok=True)
+        stages = [(stage, run) for stage in run.stages]
         if run.pretrained is not None:
             run.link_pretraining()
+            if not run.has_pretraining:  # its record stayed, its folder did not
+                stages = [("prepare", run.pretrained), ("pretrain", run.pretrained), *stages]
         environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
         with (run.folder / "log.txt").open("a") as log:
-            for stage in run.stages:
-                command = [sys.executable, "-m", "torchrec_pt", stage, str(run.file)]
-                for override in run.overrides:
+            for stage, of in stages:
+                command = [sys.executable, "-m", "torchrec_pt", stage, str(of.file)]
+                for override in of.overrides:
                     command += ["--set", override]
                 code = subprocess.run(
                     command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False
@@ -101,15 +101,15 @@ def run_chain(chain: Chain, num_threads: int, console: Console, stop: threading.
                     stop.set()
                     console.print(f"{run.name}: {stage} failed ({code}); see {log.name}")
                     return
-        conditions = {"machine": machine("cpu"), "num_threads": num_threads}
-        write_json(run.folder / "done.json", {"digest": run.digest, **conditions})
-        console.print(f"{run.name}: {_in_words(run)}")
+        conditions = {"machine": machine("cpu"), "num_threads": num_threads, "commit": commit()}
+        result = Result.of(run, conditions)
+        result.save(run)
+        console.print(f"{run.name}: {_in_words(run, result)}")
 
 
-def _in_words(run: Run) -> str:
+def _in_words(run: Run, result: Result) -> str:
     task = run.task or "ranking"
-    found = json.loads((run.folder / "evaluate/result.json").read_text())
-    metrics = found[task]["metrics"]["fine-tuned" if run.task else "pretrained"]
+    metrics = result.tests[task]["fine-tuned" if run.task else "pretrained"]
     return "test " + ", ".join(f"{NAMES[m]} {metrics[m]:.4f}" for m in METRICS[task])
 
 

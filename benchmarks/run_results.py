@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
 from recipe_runs import NUM_SEEDS, Run, recipe_runs
 from recipes import CLICKS, FIVE_FOLDS, FULL, ONE_FOLD, SAMPLED, Recipe
 from scipy.stats import t
+
+from torchrec_pt.files import write_json
 
 _RANKING, _RATING = ("hr@10", "ndcg@10", "mrr"), ("rmse", "mae")
 # Of a protocol, or a task's name; the names of evaluate/result.json
@@ -53,8 +55,20 @@ class Result:
 
     @classmethod
     def load(cls, run: Run) -> Result | None:
+        """As it was recorded."""
         if not run.is_done:
             return None
+        recorded = json.loads(run.record.read_text())
+        del recorded["digest"]
+        return cls(**{**recorded, "epochs": tuple(recorded["epochs"])})
+
+    def save(self, run: Run) -> None:
+        run.record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(run.record, {"digest": run.digest, **asdict(self)})
+
+    @classmethod
+    def of(cls, run: Run, conditions: dict[str, Any]) -> Result:
+        """What the run left in its folder."""
         stages = ["pretrain"]
         if run.task is not None:
             stages.append(f"finetune/{run.task}/pretrained")
@@ -69,7 +83,7 @@ class Result:
             epochs=(
                 next(e["epoch"] for e in last["curve"] if e["metrics"][monitor] == best[monitor]),
             ),
-            conditions=json.loads((run.folder / "done.json").read_text()),
+            conditions=conditions,
         )
 
 

@@ -29,7 +29,7 @@ def test_every_recipe_and_comparison_is_a_configuration() -> None:
         runs += comparison_runs(comparison, 0)
     for run in runs:
         config = load_config(run.file, run.overrides)
-        assert config.run_dir == run.folder
+        assert BENCHMARKS.parent / config.run_dir == run.folder
         assert config.pretrain is not None
 
 
@@ -53,6 +53,8 @@ def test_both_arms_of_a_comparison_train_for_as_many_epochs_from_the_same_seed()
 
 def _finish(run: Any, ndcg: float) -> None:
     """What a run leaves, without the run."""
+    from run_results import Result
+
     metrics = {"hr@10": 2 * ndcg, "ndcg@10": ndcg, "mrr": ndcg}
     evaluation = {
         task: {"metrics": {"popularity": metrics, "pretrained": metrics}}
@@ -61,14 +63,13 @@ def _finish(run: Any, ndcg: float) -> None:
     best = {"ndcg@10": ndcg}
     curve = [{"epoch": 5, "metrics": best}]
     trained = {"seconds": 60.0, "monitor": "ndcg@10", "metrics": best, "curve": curve}
-    done = {"digest": run.digest, "num_threads": 1, "machine": "a machine"}
     for name, found in (
         ("evaluate/result.json", evaluation),
         ("pretrain/result.json", trained),
-        ("done.json", done),
     ):
         (run.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (run.folder / name).write_text(json.dumps(found))
+    Result.of(run, {"num_threads": 1, "machine": "a machine"}).save(run)
 
 
 def test_the_page_has_means_over_seeds_and_leaves_out_what_is_not_whole(
@@ -79,6 +80,7 @@ def test_the_page_has_means_over_seeds_and_leaves_out_what_is_not_whole(
     from results_page import write_page
 
     monkeypatch.setattr(recipe_runs, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(recipe_runs, "RECORDS", tmp_path / "records")
     whole, partial = RECIPES[0], RECIPES[-1]
     for seed, ndcg in enumerate((0.04, 0.05, 0.06)):
         _finish(recipe_runs.recipe_run(whole, seed), ndcg)
@@ -117,7 +119,7 @@ def test_every_recipe_and_study_of_fine_tuning_is_a_configuration() -> None:
     runs += [variation_run(study, v, 0) for study in STUDIES for v in study.variations]
     for run in runs:
         config = load_config(run.file, run.overrides)
-        assert config.run_dir == run.folder
+        assert BENCHMARKS.parent / config.run_dir == run.folder
         assert config.pretrain is not None
         assert run.task in config.finetune.tasks
 
@@ -178,7 +180,7 @@ def test_a_pretraining_that_is_taken_over_is_found_where_ones_own_would_be(
 
 def _finish_finetuning(run: Any, ours: float, scratch: float) -> None:
     """What a run leaves, without the run: the models' first metric, the second twice as much."""
-    from run_results import METRICS
+    from run_results import METRICS, Result
 
     first, second, *more = METRICS[run.task]
 
@@ -189,15 +191,14 @@ def _finish_finetuning(run: Any, ours: float, scratch: float) -> None:
     best = {first: ours, "ndcg@10": ours + 0.001}
     curve = [{"epoch": 3, "metrics": {first: 0.0}}, {"epoch": 4, "metrics": best}]
     trained = {"seconds": 60.0, "monitor": first, "metrics": best, "curve": curve}
-    done = {"digest": run.digest, "num_threads": 1, "machine": "a machine"}
     for name, found in (
         ("evaluate/result.json", {run.task: {"metrics": models}}),
         (f"finetune/{run.task}/pretrained/result.json", trained),
         ("pretrain/result.json", trained),
-        ("done.json", done),
     ):
         (run.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (run.folder / name).write_text(json.dumps(found))
+    Result.of(run, {"num_threads": 1, "machine": "a machine"}).save(run)
 
 
 @pytest.fixture
@@ -205,6 +206,7 @@ def _no_configuration_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     import recipe_runs
 
     monkeypatch.setattr(recipe_runs, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(recipe_runs, "RECORDS", tmp_path / "records")
     monkeypatch.setattr(recipe_runs.Run, "digest", property(lambda run: run.name))
 
 

@@ -142,6 +142,41 @@ def test_training_asks_training_rows_right_after_their_history(
     assert asked_rows == set(trained[3])
 
 
+@EVERY_TASK
+@pytest.mark.parametrize(("context", "most"), [("before", 3), ("before", 99), ("others", 3)])
+def test_a_pair_counts_alike_in_a_batch_of_short_histories_and_of_long_ones(
+    scattered: PreparedDataset, name: str, context: str, most: int
+) -> None:
+    config = pair_config(name, context=context, targets_per_cut=most, cuts_per_user=2)
+    task, backbone = built(config, scattered)
+    lengths = scattered.history("train").lengths
+    by_length = lengths.argsort()[(lengths == 0).sum() :].tolist()
+
+    def weight(users: list[int]) -> float:
+        rows = rows_of_ids(scattered, users)
+        drawn = embedded(task.draw(rows), backbone.items.weight)
+        return float(task.loss(backbone, drawn, rows, None).weight)
+
+    assert weight([*by_length[:4], -1]) == weight(by_length[-4:])
+    num_steps = 1 if context == "others" else 300  # of which the lots of cuts take the mean
+    asked = [
+        len(task.draw(rows_of_ids(scattered, by_length, step)).tensors["label"])
+        for step in range(num_steps)
+    ]
+    tolerance = 1e-5 if context == "others" else 0.02
+    assert weight(by_length) == pytest.approx(sum(asked) / num_steps, rel=tolerance)
+
+
+def test_drawn_negatives_count_as_pairs(cycle: PreparedDataset) -> None:
+    task, backbone = built(
+        pair_config("ctr", positive_rating=None, negatives={"num": 3}, context="others"), cycle
+    )
+    rows = rows_of_ids(cycle, list(range(cycle.num_users)))
+    drawn = embedded(task.draw(rows), backbone.items.weight)
+    term = task.loss(backbone, drawn, rows, None)
+    assert float(term.weight) == pytest.approx(len(drawn.tensors["label"]), rel=1e-5)
+
+
 # --- the head -----------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from torchrec_pt import rng
@@ -29,3 +30,16 @@ class RowDropout:
             return x
         self.site += 1
         return rng.dropout(x, self.p, self.bits, self.site)
+
+
+class ItemDropout(RowDropout):
+    """The same where activations of one item share their mask, whichever rows they stand in.
+
+    Args:
+        items: (T,) int64.
+    """
+
+    def __init__(self, p: float, noise: RowNoise | None, name: str, items: Tensor) -> None:
+        if noise is not None:
+            noise = RowNoise(noise.seed, noise.step, items)
+        super().__init__(p, noise, name, torch.arange(len(items), device=items.device), 0 * items)

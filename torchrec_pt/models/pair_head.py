@@ -53,6 +53,24 @@ class Pairs:
     other_fields: Tensor
 
 
+class PairDropout(NamedTuple):
+    """Where a head drops activations of P pairs and T items of their histories.
+
+    A user's factors share a mask over the user's pairs, and so do an item's over its users: with
+    a mask for every pair, the factors that others lose would still be learned from.
+
+    Attributes:
+        hidden: (P, …) of the MLP.
+        users, items: (P, D) of the factors.
+        memory: (T, D) of what a history says.
+    """
+
+    hidden: RowDropout
+    users: RowDropout
+    items: RowDropout
+    memory: RowDropout
+
+
 class Judged(NamedTuple):
     """Of P pairs.
 
@@ -102,8 +120,7 @@ class PairHead(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, pairs: Pairs, drop: RowDropout, drop_memory: RowDropout) -> Judged:
-        """`drop`: of the P pairs; `drop_memory`: of the T items of the histories."""
+    def forward(self, pairs: Pairs, drop: PairDropout) -> Judged:
         row = pairs.targets.rows
         # Indexing would add up its gradient in the order in which threads come.
         user, item = F.embedding(row, pairs.users), pairs.targets.values
@@ -117,14 +134,14 @@ class PairHead(nn.Module):
             0.0,
         )
         attended, echo = self.attention(pairs.targets, pairs.memory, beyond, is_known)
-        factored, size = self.factors(pairs, beyond, drop, drop_memory)
+        factored, size = self.factors(pairs, beyond, drop)
         echoes = torch.cat([mean[row].unsqueeze(1), echo], dim=1)
         deviation = echoes @ self.echo_weight + self.factor_weight * factored
         fields = [attended.unsqueeze(1), pairs.user_fields, pairs.item_fields, pairs.other_fields]
         x = self.interactions(user, item, torch.cat(fields, dim=1))
         x = torch.cat([x, echoes, factored.unsqueeze(1)], dim=1)
         for layer in self.hidden:
-            x = drop(F.gelu(layer(x)))
+            x = drop.hidden(F.gelu(layer(x)))
         return Judged(deviation, self.out(x).squeeze(1), size)
 
 
@@ -210,22 +227,20 @@ class Factors(nn.Module):
         for layer in (self.said, self.taken):
             nn.init.normal_(layer.weight, std=0.1)
 
-    def forward(
-        self, pairs: Pairs, residuals: Tensor, drop: RowDropout, drop_memory: RowDropout
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, pairs: Pairs, residuals: Tensor, drop: PairDropout) -> tuple[Tensor, Tensor]:
         """(P,) t_ui and (P,) ‖p_u‖² + ‖q_i‖².
 
         Args:
             residuals: (T,) as of the pairs, 0 where unknown.
         """
         vectors, row = pairs.memory.values, pairs.targets.rows
-        told = drop_memory(residuals.unsqueeze(1) * self.said(vectors) + self.taken(vectors))
+        told = drop.memory(residuals.unsqueeze(1) * self.said(vectors) + self.taken(vectors))
         root = (pairs.memory.lengths + 1).sqrt().unsqueeze(1)
         user = F.embedding(row, sums_of_rows(pairs.memory.with_values(told)) / root)
         user = user + pairs.user_fields.sum(1)
         item = self.asked(pairs.targets.values) + pairs.item_fields.sum(1)
         size = user.square().sum(1) + item.square().sum(1)
-        return (drop(user) * drop(item)).sum(1), size
+        return (drop.users(user) * drop.items(item)).sum(1), size
 
 
 def sums_of_rows(jagged: Jagged) -> Tensor:

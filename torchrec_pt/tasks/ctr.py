@@ -103,6 +103,10 @@ class CtrTask(PairTask):
 
     # --- drawn negatives -------------------------------------------------------------------
 
+    @property
+    def pairs_per_target(self) -> int:
+        return 1 if self._negatives is None else 1 + self._negatives.num
+
     def beside(self, keys: RowKeys, targets: Jagged, interactions: Tensor) -> tuple[Jagged, Tensor]:
         if self._negatives is None:
             return targets, interactions

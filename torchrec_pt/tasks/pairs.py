@@ -23,9 +23,9 @@ from torchrec_pt.data.splits import TRAIN
 from torchrec_pt.distributed import sum_over_ranks
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
-from torchrec_pt.models.dropout import RowDropout
+from torchrec_pt.models.dropout import ItemDropout, RowDropout
 from torchrec_pt.models.feature_encoder import FeatureEncoder
-from torchrec_pt.models.pair_head import Judged, PairHead, Pairs
+from torchrec_pt.models.pair_head import Judged, PairDropout, PairHead, Pairs
 from torchrec_pt.objectives.loss_term import LossTerm
 from torchrec_pt.objectives.lots import draw_place
 from torchrec_pt.rng import RowNoise
@@ -78,6 +78,7 @@ class PairTask(nn.Module, ABC):
         self._train = rows.filter(is_train)
         self._place = is_train.cumsum(0) - 1 - self._train.offsets[rows.rows]
         self._askable = rows.filter(is_train & self._is_labelled)
+        self._mean_num_asked = self._expected_num_asked()
         asked = self._askable.values
         self.mean = self._mean_label(labels[asked])
         self.shrinkage = config.shrinkage / self.information
@@ -127,7 +128,26 @@ class PairTask(nn.Module, ABC):
     def _deviations(self, labels: Tensor, items: Tensor) -> Tensor:
         return label_sums(items, labels.double() - self.mean, self.dataset.num_items)
 
+    @property
+    def pairs_per_target(self) -> int:
+        """How many pairs a target stands for, with what is drawn beside it in training."""
+        return 1
+
     # --- drawing ---------------------------------------------------------------------------
+
+    def _expected_num_asked(self) -> float:
+        """Targets of a row in training, on average over lots and over the users of all ranks."""
+        num, most = self._askable.lengths.double(), float(self.config.targets_per_cut)
+        if self.config.context == "others":
+            asked = _share_asked(num).clamp(max=most)
+        else:
+            # The mean over the cuts of min(labels after it, most).
+            whole = num.clamp(max=most)
+            asked = whole * (whole + 1) / 2 + (num - whole) * most
+            asked = asked / num.clamp(min=1)
+        num_users = (self._train.lengths > 0).sum()
+        total, users = sum_over_ranks(torch.stack([asked.sum(), num_users.double()])).tolist()
+        return total / users if users else 0.0
 
     def draw(self, rows: Rows) -> Draw:
         keys = rows.copies(self.config.cuts_per_user)
@@ -164,7 +184,7 @@ class PairTask(nn.Module, ABC):
         lots = keys.noise.per_token(f"{self.name}.asked", rows.rows, rows.positions)
         order = rows.with_values(torch.where(is_askable, lots, 2.0)).argsort()
         num_askable = torch.zeros_like(rows.lengths).index_add(0, rows.rows, is_askable.long())
-        num_asked = ((num_askable + 2) // 3).clamp(max=self.config.targets_per_cut)
+        num_asked = _share_asked(num_askable).clamp(max=self.config.targets_per_cut)
         is_asked = torch.zeros_like(is_askable)
         is_asked[order] = rows.positions < num_asked[rows.rows]
         others = rows.filter(~is_asked & (num_asked > 0)[rows.rows])
@@ -212,7 +232,10 @@ class PairTask(nn.Module, ABC):
         own = torch.where(drawn.tensors["interaction"] == NO_INTERACTION, torch.nan, label)
         linked, size = self._linked(backbone, drawn, keys.users, keys.noise, own)
         total = self.total_loss(linked, label) + self.config.factor_l2 * size.sum()
-        return LossTerm(total, label.new_tensor(float(len(label))))
+        # Not their number: users come to a batch by length, so the pairs of a batch of short
+        # histories, few as they are, would weigh as much as the many of one of long histories.
+        expected = self._mean_num_asked * self.pairs_per_target * keys.weight.sum()
+        return LossTerm(total, expected.to(total))
 
     def predict(self, backbone: Backbone, drawn: Embedded, users: Tensor) -> Tensor:
         """(P,) in the unit of the labels."""
@@ -255,9 +278,13 @@ class PairTask(nn.Module, ABC):
             other_fields=self.features["interaction"](tensors["interaction"]),
         )
         p, name = self.config.dropout, f"{self.name}.dropout"
-        drop = RowDropout(p, noise, name, row, target.positions)
-        of_memory = RowDropout(p, noise, f"{name} of memory", history.rows, history.positions)
-        judged: Judged = self.head(pairs, drop, of_memory)
+        drop = PairDropout(
+            hidden=RowDropout(p, noise, name, row, target.positions),
+            users=RowDropout(p, noise, f"{name} of users", row, 0 * row),
+            items=ItemDropout(p, noise, f"{name} of items", target.values),
+            memory=RowDropout(p, noise, f"{name} of memory", history.rows, history.positions),
+        )
+        judged: Judged = self.head(pairs, drop)
         deviation = self._item_biases(target.values, own) + judged.deviation
         return self.link(deviation) + judged.learned, judged.size
 
@@ -293,6 +320,11 @@ class PairTask(nn.Module, ABC):
         user = user / (torch.where(is_known, nums[end], 0.0) + self.shrinkage).clamp(min=1)
         deviation = user[asked.targets.rows] + biases[asked.targets.values]
         return self.final(self.link(deviation)).float()
+
+
+def _share_asked(num_askable: Tensor) -> Tensor:
+    """A third of a user's labels, rounded up; the others are what is told."""
+    return torch.div(num_askable + 2, 3, rounding_mode="floor")
 
 
 def _cumsum_in_rows(jagged: Jagged, values: Tensor) -> Tensor:
