@@ -19,11 +19,11 @@ from rich.console import Console
 
 from cluster.graph import run_graph
 from cluster.job_file import JobFile
-from cluster.resources import use_gpus
+from cluster.resources import num_places, use_gpus
 from cluster.screen import screen_to
 from cluster.versions import installed_versions, version_mismatch
-from cluster.worker import Work
-from torchrec_pt.config import RunConfig
+from cluster.work import Work
+from torchrec_pt.config_file import resolved
 from torchrec_pt.files import refused
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -37,11 +37,18 @@ def entry(job: Annotated[Path, typer.Argument(metavar="job.json")]) -> None:
     _check_versions(asked)
     if asked.folder is not None:
         os.chdir(asked.folder)
-    config = RunConfig.model_validate(asked.config)
+    config = resolved(asked.config)
+    if asked.storage is not None:
+        from cluster.storage import Storage
+
+        Storage.open(asked.storage, asked.name)  # a mistake is said before anything runs
     connection = ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    on_gpus = use_gpus(asked.device, asked.min_workers, num_gpus)
+    resources = ray.cluster_resources()
+    on_gpus = use_gpus(asked.device, asked.min_workers, int(resources.get("GPU", 0)))
     _say(f"Ray {ray.__version__}: {_workers(asked, on_gpus)}; {_dashboard(connection)}")
+    places = num_places(resources, on_gpus)
+    if asked.min_workers > places:
+        _say(f"the cluster has room for {places} of {asked.min_workers} workers; waiting for more")
     with screen_to(sys.stdout) as screen:
         ended = run_graph(asked, Work(config, asked.folder, screen), on_gpus=on_gpus)
     if ended.run is not None:

@@ -20,13 +20,13 @@ import ray.train
 from pyarrow import fs
 from ray.train import UserCallback
 
-from cluster.logs import WATCH, Log
+from cluster.logs import DRIVER, Log
 from cluster.screen import Lines, failures
 from cluster.stages import EVALUATE, FINETUNE
-from cluster.worker import StageWork, flat_metrics
+from cluster.work import StageWork
 
 if TYPE_CHECKING:
-    from torchrec_pt.pipeline import RunResult
+    from torchrec_pt.pipeline import Evaluation, RunResult
     from torchrec_pt.train import Validated
 
 # What Ray Train's checkpoints are compared by: the monitored metric, turned so that larger is
@@ -138,6 +138,16 @@ def reported(monitor: str, entry: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def flat_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """task/model/metric -> value, as Ray Train reports metrics."""
+    return {
+        f"{task}/{model}/{metric}": value
+        for task, result in evaluation.items()
+        for model, metrics in result.metrics.items()
+        for metric, value in metrics.items()
+    }
+
+
 def link_files(source: Path, target: Path) -> None:
     """The files of a folder once more; copies where the disk has no hard links."""
     target.mkdir(parents=True)
@@ -169,7 +179,7 @@ class Watch(UserCallback):
         lost, why = causes(worker_exceptions), failures(causes(worker_exceptions))
         goes_on = self._num_failures <= self._max_failures
         stage = self._given.stage.name
-        Log(self._given.work.run_dir, job=self._given.job, stage=stage, rank=WATCH).write(
+        self._given.log(DRIVER).write(
             "lost workers",
             lost=sorted(lost),
             why=why,
@@ -183,8 +193,7 @@ class Watch(UserCallback):
             if goes_on
             else f"given up after {self._max_failures} restarts"
         )
-        self._given.work.screen.write(f"{stage}: lost {of} ({why}); {then}\n")
-        self._given.work.screen.flush()
+        self._given.work.screen.say(f"{stage}: lost {of} ({why}); {then}")
 
 
 def causes(by_rank: Mapping[int, Exception]) -> dict[int, Exception]:

@@ -71,7 +71,7 @@ def _run(config: RunConfig, parallel: int | None, device: Device, *, is_local: b
 
     from cluster.screen import screen_to
     from cluster.search import ENVIRONMENT, search
-    from cluster.worker import Refused, Work
+    from cluster.work import Refused, Work
 
     resources = ray.cluster_resources()
     num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
