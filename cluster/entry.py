@@ -17,14 +17,14 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from cluster.client import mistakes_of
 from cluster.graph import run_graph
 from cluster.job_file import JobFile
 from cluster.resources import num_places, use_gpus
 from cluster.screen import screen_to
-from cluster.versions import installed_versions, version_mismatch
+from cluster.versions import check_versions, installed_versions
 from cluster.work import Work
 from torchrec_pt.config_file import resolved
-from torchrec_pt.files import refused
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(soft_wrap=True, markup=False, emoji=False)
@@ -34,7 +34,11 @@ console = Console(soft_wrap=True, markup=False, emoji=False)
 def entry(job: Annotated[Path, typer.Argument(metavar="job.json")]) -> None:
     """Run a job that `cluster.submit` described, on the Ray that this machine is of."""
     asked = load_job(job)
-    _check_versions(asked)
+    mismatch = check_versions(
+        asked.versions, installed_versions(), allow_other=asked.allow_other_versions
+    )
+    if mismatch is not None:
+        _say(mismatch)
     if asked.folder is not None:
         os.chdir(asked.folder)
     config = resolved(asked.config)
@@ -56,10 +60,9 @@ def entry(job: Annotated[Path, typer.Argument(metavar="job.json")]) -> None:
 
         tables.print_run(ended.run, config, console)
     for name, outcome in ended.outcomes.items():
-        if outcome.state == "failed":
-            _complain(f"{name}: {outcome.message}")
-        elif outcome.state == "skipped":
-            _complain(f"{name}: skipped, {outcome.message}")
+        if outcome.state != "done":
+            how = "skipped, " if outcome.state == "skipped" else ""
+            print(f"torchrec-pt: {name}: {how}{outcome.message}", file=sys.stderr)
     raise typer.Exit(ended.exit_code)
 
 
@@ -80,19 +83,6 @@ def load_job(path: Path) -> JobFile:
         ) from None
 
 
-def _check_versions(job: JobFile) -> None:
-    """
-    Raises:
-        ValueError: the submitting side had others, and has not said that they may differ.
-    """
-    mismatch = version_mismatch(job.versions, installed_versions())
-    if mismatch is None:
-        return
-    if not job.allow_other_versions:
-        raise ValueError(f"{mismatch}, or submit with --allow-other-versions")
-    _say(mismatch)
-
-
 def _workers(job: JobFile, on_gpus: bool) -> str:
     num = f"{job.min_workers} to {job.max_workers}"
     if job.min_workers == job.max_workers:
@@ -110,20 +100,9 @@ def _say(line: str) -> None:
     console.print(line, highlight=False)
 
 
-def _complain(line: str) -> None:
-    print(f"torchrec-pt: {line}", file=sys.stderr)
-
-
 def main() -> None:
-    """A mistake of the user is one line and exit code 2."""
-    try:
+    with mistakes_of("torchrec-pt"):
         app()
-    except ValueError as error:
-        _complain(str(error))
-        sys.exit(2)
-    except OSError as error:
-        _complain(refused(error))
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -79,13 +79,16 @@ class Observer:
             assert result is not None
             self._report(flat_metrics(result.evaluation), None)
             return
+        from torchrec_pt.checkpoint import folder_of_step
         from torchrec_pt.runs import load_result
 
         folder = f"finetune/{stage.task}/pretrained" if stage.kind == FINETUNE else "pretrain"
         ended = load_result(run_dir / folder)
         assert ended is not None
         monitor, curve = ended.values["monitor"], ended.values["curve"]
-        best = next(entry for entry in curve if entry["metrics"] == ended.metrics)
+        best = next(
+            e for e in curve if folder_of_step(Path(), e["step"]).name == ended.checkpoint.name
+        )
         self._report(reported(monitor, best), ended.checkpoint)
 
     def _is_due(self) -> bool:

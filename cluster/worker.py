@@ -51,7 +51,7 @@ def train_loop(loop_config: dict[str, Any]) -> Finished | Refused:
             with raised_together():
                 if rank == 0:
                     given.fetch()
-                log.write("started", num_workers=num_workers)
+                log.write("started", num_workers=num_workers, **_here())
             if console is not None and given.is_elastic:
                 console.print(f"{given.stage.name}: on {num_workers} workers", highlight=False)
             observer = Observer(given, log, console)
@@ -76,14 +76,17 @@ def train_loop(loop_config: dict[str, Any]) -> Finished | Refused:
 
 def prepare(given: StageWork) -> Finished | Refused:
     """The stage that no other rank takes part in, in a process of its own."""
+    from torchrec_pt.distributed import joined_ranks
+
     _enter(given.work, 1)
     log = given.log(0)
 
     def do() -> Finished:
         given.fetch()
-        log.write("started", num_workers=1)
+        log.write("started", num_workers=1, **_here())
         started_at = time.monotonic()
-        run_stage(given, Lines(given.work.screen), None)
+        with joined_ranks():
+            run_stage(given, Lines(given.work.screen), None)
         log.write("ended", seconds=time.monotonic() - started_at)
         given.leave()
         return Finished(pickle.dumps(None))
@@ -155,6 +158,10 @@ def _require_shared(given: StageWork, rank: int) -> None:
             )
     if rank == 0:
         mark.unlink(missing_ok=True)
+
+
+def _here() -> dict[str, Any]:
+    return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
 
 
 def _num_node_cpus() -> int:
