@@ -22,6 +22,8 @@ from cluster.graph import run_graph
 from cluster.job_file import JobFile
 from cluster.resources import num_places, use_gpus
 from cluster.screen import screen_to
+from cluster.stages import Outcomes
+from cluster.storage import Storage
 from cluster.versions import check_versions, installed_versions
 from cluster.work import Work
 from torchrec_pt.config_file import resolved
@@ -43,8 +45,6 @@ def entry(job: Annotated[Path, typer.Argument(metavar="job.json")]) -> None:
         os.chdir(asked.folder)
     config = resolved(asked.config)
     if asked.storage is not None:
-        from cluster.storage import Storage
-
         Storage.open(asked.storage, asked.name)  # a mistake is said before anything runs
     connection = ray.init(log_to_driver=False, logging_level=logging.ERROR)
     resources = ray.cluster_resources()
@@ -59,10 +59,8 @@ def entry(job: Annotated[Path, typer.Argument(metavar="job.json")]) -> None:
         from torchrec_pt import tables
 
         tables.print_run(ended.run, config, console)
-    for name, outcome in ended.outcomes.items():
-        if outcome.state != "done":
-            how = "skipped, " if outcome.state == "skipped" else ""
-            print(f"torchrec-pt: {name}: {how}{outcome.message}", file=sys.stderr)
+    for line in complaints(ended.outcomes):
+        print(f"torchrec-pt: {line}", file=sys.stderr)
     raise typer.Exit(ended.exit_code)
 
 
@@ -77,10 +75,15 @@ def load_job(path: Path) -> JobFile:
         raise ValueError(f"{path}: cannot be read, {error.strerror}; check the path") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"{path}: {where}: {first['msg']}; submit the run again, it writes this file"
-        ) from None
+        what = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
+        raise ValueError(f"{path}: {what}; submit the run again, it writes this file") from None
+
+
+def complaints(outcomes: Outcomes) -> list[str]:
+    """A line for each stage that failed, and one for those that were skipped for it."""
+    lines = [f"{name}: {one.message}" for name, one in outcomes.items() if one.state == "failed"]
+    skipped = [name for name, one in outcomes.items() if one.state == "skipped"]
+    return [*lines, f"not begun: {', '.join(skipped)}"] if skipped else lines
 
 
 def _workers(job: JobFile, on_gpus: bool) -> str:

@@ -35,6 +35,7 @@ from cluster.stages import (
     skipped,
     stages_of,
 )
+from cluster.storage import Storage
 from cluster.work import Finished, Refused, StageWork, Work
 from cluster.worker import prepare, train_loop
 
@@ -99,15 +100,23 @@ def run_graph(job: JobFile, work: Work, *, on_gpus: bool) -> GraphResult:
 
 
 def _stage_work(job: JobFile, work: Work, stage: Stage, tasks: tuple[str, ...]) -> StageWork:
-    is_elastic = job.min_workers < job.max_workers
-    return StageWork(work, job.name, stage, tasks=tasks, is_elastic=is_elastic, storage=job.storage)
+    return StageWork(
+        work,
+        job.name,
+        stage,
+        tasks=tasks,
+        is_elastic=job.min_workers < job.max_workers,
+        storage=job.storage,
+        ingest=job.ingest,
+    )
 
 
 def _begin(job: JobFile, given: StageWork, on_gpus: bool) -> ray.ObjectRef[Ended]:
     """Start the stage's task."""
     name = given.stage.name
     if given.stage.kind == PREPARE:
-        preparing = _prepare.options(name=name, num_cpus=1, max_retries=job.max_failures)
+        num_cpus = 0 if given.ingest == "ray" else 1  # which leaves them to Ray Data's tasks
+        preparing = _prepare.options(name=name, num_cpus=num_cpus, max_retries=job.max_failures)
         return preparing.remote(given)
     # Ray Train's controller stands on the node of the task; where that is the driver's, the end
     # of another node is no more than the end of workers.
@@ -187,8 +196,6 @@ def _place_of_reports(given: StageWork) -> tuple[fs.FileSystem, str]:
     """For Ray Train's own files, where every node sees them; without those of an earlier job."""
     system, folder = fs.LocalFileSystem(), str(given.work.config.run_dir.absolute() / "ray")
     if given.storage is not None:
-        from cluster.storage import Storage
-
         storage = Storage.open(given.storage, given.job)
         system, folder = storage.system, f"{storage.root}/ray"
     place = f"{folder}/{given.stage.slug}"

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from cluster.logs import Log
 from cluster.screen import Screen
 from cluster.stages import Stage
+from cluster.storage import Storage
 from torchrec_pt.config import RunConfig
 from torchrec_pt.files import refused
 
@@ -43,6 +44,7 @@ class StageWork:
         tasks: those whose fine-tuning is finished; for the last stage.
         is_elastic: the number of workers may change.
         storage: where stages are kept besides run_dir.
+        ingest: who reads the raw log, "local" or "ray".
     """
 
     work: Work
@@ -51,6 +53,7 @@ class StageWork:
     tasks: tuple[str, ...] = ()
     is_elastic: bool = False
     storage: str | None = None
+    ingest: str = "local"
 
     def as_dict(self) -> dict[str, Any]:
         """Ray Train wants a dictionary."""
@@ -62,18 +65,14 @@ class StageWork:
     def fetch(self) -> None:
         """Bring what the stage starts from to this node's run_dir."""
         if self.storage is not None:
-            from cluster.storage import Storage
-
-            folders = self.stage.reads
-            Storage.open(self.storage, self.job).fetch(self.work.config.run_dir, folders)
+            run_dir = self.work.config.run_dir
+            Storage.open(self.storage, self.job).fetch(run_dir, self.stage.reads)
 
     def leave(self) -> None:
         """Keep what the stage has made so far."""
         if self.storage is not None:
-            from cluster.storage import Storage
-
-            folders = [*self.stage.writes, "logs"]
-            Storage.open(self.storage, self.job).leave(self.work.config.run_dir, folders)
+            run_dir = self.work.config.run_dir
+            Storage.open(self.storage, self.job).leave(run_dir, self.stage.writes)
 
 
 @dataclass(frozen=True)

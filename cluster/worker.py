@@ -85,8 +85,13 @@ def prepare(given: StageWork) -> Finished | Refused:
         given.fetch()
         log.write("started", num_workers=1, **_here())
         started_at = time.monotonic()
+        console = Lines(given.work.screen)
+        if given.ingest == "ray":
+            from cluster.ingest import prepare_on_ray
+
+            prepare_on_ray(given.work.config, console)  # which the library then finds done
         with joined_ranks():
-            run_stage(given, Lines(given.work.screen), None)
+            run_stage(given, console, None)
         log.write("ended", seconds=time.monotonic() - started_at)
         given.leave()
         return Finished(pickle.dumps(None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray.train
+from rich.console import Console
 
 from cluster.job_file import JobFile
 from cluster.nodes import ENVIRONMENT, LocalCluster
@@ -117,6 +119,11 @@ def test_tasks_train_side_by_side_and_one_that_fails_leaves_the_others_done(
         )
         assert {**done, "seconds": 0} == {**expected, "seconds": 0}
 
+    said = Console(file=io.StringIO(), soft_wrap=True)
+    pipeline.pretrain(config, said)
+    pipeline.finetune(config, said, tasks=[*tasks])
+    assert said.file.getvalue().count(": done before; valid ") == 4
+
     slugs = [f"finetune-{task}" for task in config.finetune.tasks]
     seen = [_events(folder / "run", slug, "driver") for slug in slugs]
     assert [one["event"] for events in seen for one in events] == ["begun", "ended"] * 3
@@ -141,10 +148,11 @@ def _check_reports(run_dir: Path) -> None:
     assert [one["step"] for one in events[1:-1]] == [0, 4, 0, 4]
 
 
+@pytest.mark.soak  # `test_faults` kills more, and compares less
 def test_two_workers_one_of_them_killed_give_the_metrics_of_two_without_ray(
     cluster: LocalCluster, folder: Path
 ) -> None:
-    pretrain = {**PRETRAIN, "epochs": 60, "keep_checkpoints": 60}
+    pretrain = {**PRETRAIN, "epochs": 40, "keep_checkpoints": 40}
     config = tiny_config(folder, pretrain=pretrain)
     driver = _begin(cluster, config, workers=2)
     log = folder / "run"
@@ -174,13 +182,6 @@ def test_two_workers_one_of_them_killed_give_the_metrics_of_two_without_ray(
     # The same steps on the same ranks: nothing may differ but the last bits.
     assert done == {name: pytest.approx(values, rel=1e-6) for name, values in expected.items()}
 
-    steps = (log / "pretrain/result.json").read_bytes()
-    again = _ended(_begin(cluster, config, workers=1))
-    assert again.returncode == 0, again.stderr
-    assert "pretrain: done before; valid ndcg@10 " in again.stdout
-    assert " steps in " not in again.stdout
-    assert (log / "pretrain/result.json").read_bytes() == steps
-
 
 def _toml(config: RunConfig) -> str:
     """The run of `test_two_workers…`, in another folder."""
@@ -197,10 +198,9 @@ num_layers = 1
 max_length = 8
 dropout = 0.1
 [pretrain]
-epochs = 60
+epochs = 40
 batch_size = 10
 warmup_steps = 0
-keep_checkpoints = 60
 objectives = [{{ name = "masked_item" }}]
 """
 
@@ -208,13 +208,28 @@ objectives = [{{ name = "masked_item" }}]
 def test_what_the_workers_refuse_is_one_line_and_the_rest_is_skipped(
     cluster: LocalCluster, folder: Path
 ) -> None:
-    config = tiny_config(folder, pretrain=PRETRAIN, show={"user": "nobody"})
+    config = tiny_config(folder, show={"user": "nobody"})
     job = _ended(_begin(cluster, config, workers=2))
     assert job.returncode == 2, job.stdout + job.stderr
-    first, *skipped = job.stderr.splitlines()
+    first, second = job.stderr.splitlines()
     assert first.startswith("torchrec-pt: prepare: ")
     assert "nobody" in first
-    assert skipped == [
-        "torchrec-pt: pretrain: skipped, needs prepare",
-        "torchrec-pt: evaluate: skipped, needs pretrain",
+    assert second == "torchrec-pt: not begun: pretrain, evaluate"
+
+
+@pytest.mark.soak
+def test_a_job_of_a_finished_run_trains_nothing(cluster: LocalCluster, folder: Path) -> None:
+    config = tiny_config(folder, finetune={"rating": TRAINING})
+    first = _ended(_begin(cluster, config, workers=2))
+    assert first.returncode == 0, first.stderr
+    results = [
+        folder / "run" / stage / "result.json"
+        for stage in ("pretrain", "finetune/rating/pretrained")
     ]
+    left = [result.read_bytes() for result in results]
+    again = _ended(_begin(cluster, config, workers=1))
+    assert again.returncode == 0, again.stderr
+    assert "pretrain: done before; valid ndcg@10 " in again.stdout
+    assert "rating (pretrained): done before; valid rmse " in again.stdout
+    assert " steps in " not in again.stdout
+    assert [result.read_bytes() for result in results] == left
