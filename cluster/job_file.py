@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.resources import Device
 
 JOB_FILE = "job.json"
+SEARCH_FILE = "search.json"
 # Of jobs and of runs: becomes part of file names and ids.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
@@ -42,5 +43,34 @@ class JobFile(BaseModel):
     resize_interval_s: float = Field(default=60.0, gt=0)
     storage: str | None = None
     ingest: Literal["local", "ray"] = "local"
+    versions: dict[str, str] = {}
+    allow_other_versions: bool = False
+
+    @model_validator(mode="after")
+    def _limits_ascend(self) -> JobFile:
+        if self.min_workers > self.max_workers:
+            raise ValueError(
+                f"--workers: MIN:MAX must ascend, given {self.min_workers}:{self.max_workers}"
+            )
+        return self
+
+
+class SearchFile(BaseModel):
+    """One search as a job.
+
+    Attributes:
+        config: as of a JobFile, but what the user wrote alone: a trial's values may bring other
+            defaults.
+        folder, versions, allow_other_versions: as of a JobFile.
+        num_parallel: trials at a time; None: one a GPU, or a CPU without GPUs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=NAME_PATTERN)
+    config: dict[str, Any]
+    folder: Path | None = None
+    num_parallel: int | None = Field(default=None, ge=1)
+    device: Device = Device.auto
     versions: dict[str, str] = {}
     allow_other_versions: bool = False
