@@ -33,3 +33,16 @@ def use_gpus(device: Device, num_workers: int, num_gpus: int) -> bool:
 def num_threads(num_node_cpus: int, num_node_workers: int) -> int:
     """Threads of one worker, so that the workers of a node share its cores."""
     return max(1, num_node_cpus // num_node_workers)
+
+
+def num_side_by_side(min_workers: int, num_cpus: int, num_gpus: int | None) -> int:
+    """Stages that can train at a time, each with its fewest workers; at least one.
+
+    More of them could each hold some workers and wait for the others' for ever.
+
+    Args:
+        num_cpus: of the cluster; a worker takes one.
+        num_gpus: likewise; None where workers take none.
+    """
+    num_workers = num_cpus if num_gpus is None else min(num_cpus, num_gpus)
+    return max(1, num_workers // min_workers)

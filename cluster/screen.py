@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 import ray
-from ray.train import UserCallback
+from ray.exceptions import RayActorError
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
 
 
 class Screen(io.StringIO):
@@ -35,6 +36,17 @@ class Screen(io.StringIO):
             self.seek(0)
             self.truncate()
             self._queue.put(text)
+
+
+class Lines(Console):
+    """What the library says, without its tables: those stand in the run's report."""
+
+    def __init__(self, file: TextIO) -> None:
+        super().__init__(file=file, soft_wrap=True, markup=False, emoji=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if all(isinstance(one, str) for one in objects):
+            super().print(*objects, **options)
 
 
 @contextlib.contextmanager
@@ -58,17 +70,6 @@ def screen_to(file: TextIO) -> Iterator[Screen]:
         queue.shutdown()
 
 
-class SayFailures(UserCallback):
-    """One line for each time that workers are lost."""
-
-    def __init__(self, screen: Screen) -> None:
-        self.screen = screen
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self.screen.write(f"workers failed: {failures(worker_exceptions)}\n")
-        self.screen.flush()
-
-
 def failures(by_rank: dict[int, Exception]) -> str:
     """One line: what ended each worker, the same words once."""
     ranks: dict[str, list[str]] = {}
@@ -78,6 +79,11 @@ def failures(by_rank: dict[int, Exception]) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """Ray's errors carry the worker's traceback as text; its last line says what happened."""
+    """What happened, without the traceback that Ray's errors carry as text."""
+    error = getattr(error, "health_check_failure", error)  # Ray Train's, around another
+    if isinstance(error, RayActorError):
+        if "node" in str(error).partition(":")[0]:
+            return "its node died"
+        return "its process died, killed or out of memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return textwrap.shorten(lines[-1], 200, placeholder=" …") if lines else type(error).__name__

@@ -1,29 +1,34 @@
-"""What one Ray Train worker does: the run, exactly as it goes without Ray.
+"""What one process of a stage does: the library's own stage, exactly as it goes without Ray.
 
 `torchrec_pt.distributed.join_ranks` finds the process group that Ray Train made. This module
 is also imported where nothing trains (the driver, Ray Train's controller), so it imports
-TorchRec, which takes seconds, only inside `train_loop`.
+TorchRec, which takes seconds, only inside of functions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
-from rich.console import Console
 
+from cluster.logs import Log
 from cluster.resources import num_threads
-from cluster.screen import Screen
+from cluster.screen import Lines, Screen
+from cluster.stages import EVALUATE, FINETUNE, PREPARE, Stage
 from torchrec_pt.config import RunConfig
 from torchrec_pt.files import refused
 
 if TYPE_CHECKING:
-    from torchrec_pt.pipeline import Evaluation
+    from torchrec_pt.pipeline import Evaluation, RunResult
+    from torchrec_pt.train import OnValidation
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,54 @@ class Work:
     folder: Path | None
     screen: Screen
 
+    @property
+    def run_dir(self) -> Path:
+        """Absolute where anything makes it so."""
+        return (self.folder or Path()) / self.config.run_dir
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """One stage of it.
+
+    Attributes:
+        job: the run's name, in logs and in the storage.
+        tasks: those whose fine-tuning is finished; for the last stage.
+        storage: where stages are kept besides run_dir.
+    """
+
+    work: Work
+    job: str
+    stage: Stage
+    tasks: tuple[str, ...] = ()
+    storage: str | None = None
+
     def as_dict(self) -> dict[str, Any]:
         """Ray Train wants a dictionary."""
-        return {"work": self}
+        return {"given": self}
+
+    def fetch(self) -> None:
+        """Bring what the stage starts from to this node's run_dir."""
+        if self.storage is not None:
+            from cluster.storage import Storage
+
+            folders = self.stage.reads
+            Storage.open(self.storage, self.job).fetch(self.work.config.run_dir, folders)
+
+    def leave(self) -> None:
+        """Keep what the stage has made so far."""
+        if self.storage is not None:
+            from cluster.storage import Storage
+
+            folders = [*self.stage.writes, "logs"]
+            Storage.open(self.storage, self.job).leave(self.work.config.run_dir, folders)
 
 
 @dataclass(frozen=True)
 class Finished:
     """Attributes:
-    pickled_result: a RunResult. Bytes, so that who hands it on need not import TorchRec.
+    pickled_result: of the last stage a RunResult, else None. Bytes, so that who hands it on
+        need not import TorchRec.
     """
 
     pickled_result: bytes
@@ -65,36 +109,111 @@ class Refused:
     exit_code: int
 
 
-def train_loop(given: dict[str, Any]) -> Finished | Refused:
-    """The whole run on this rank; Ray Train hands what rank 0 returns to the driver.
+def train_loop(loop_config: dict[str, Any]) -> Finished | Refused:
+    """The stage on this rank; Ray Train hands what rank 0 returns to the driver.
 
     A mistake of the user is returned, not raised: Ray Train would start the workers again
     to meet it once more.
     """
-    import torch
     import torch.distributed as dist
 
+    from cluster.observer import Observer
+    from torchrec_pt.distributed import joined_ranks, raised_together
+
+    given: StageWork = loop_config["given"]
+    context = ray.train.get_context()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    _enter(given.work, context.get_local_world_size())
+    console = Lines(given.work.screen) if rank == 0 else None
+    log = Log(given.work.config.run_dir, job=given.job, stage=given.stage.name, rank=rank)
+
+    def do() -> Finished:
+        with joined_ranks():
+            if context.get_local_world_size() < num_workers:
+                _require_shared(given, rank)
+            with raised_together():
+                if rank == 0:
+                    given.fetch()
+                log.write("started", num_workers=num_workers)
+            observer = Observer(given, log, console)
+            started_at = time.monotonic()
+            result = run_stage(given, console, observer)
+            observer.report_end(result)
+            with raised_together():
+                log.write("ended", seconds=time.monotonic() - started_at)
+                if rank == 0:
+                    given.leave()
+        return Finished(pickle.dumps(result))
+
+    ended = refused_or(do)
+    if isinstance(ended, Refused):
+        with contextlib.suppress(OSError):  # which may be what was refused
+            log.write("refused", message=ended.message)
+        if dist.is_initialized():
+            # A rank that did not fail waits in a collective: leaving the group wakes it.
+            dist.destroy_process_group()
+    return ended
+
+
+def prepare(given: StageWork) -> Finished | Refused:
+    """The stage that no other rank takes part in, in a process of its own."""
+    _enter(given.work, 1)
+    log = Log(given.work.config.run_dir, job=given.job, stage=given.stage.name, rank=0)
+
+    def do() -> Finished:
+        given.fetch()
+        log.write("started", num_workers=1)
+        started_at = time.monotonic()
+        run_stage(given, Lines(given.work.screen), None)
+        log.write("ended", seconds=time.monotonic() - started_at)
+        given.leave()
+        return Finished(pickle.dumps(None))
+
+    return refused_or(do)
+
+
+def run_stage(
+    given: StageWork, console: Lines | None, on_validation: OnValidation | None
+) -> RunResult | None:
+    """What the library does for the stage; a result comes of the last one alone."""
     from torchrec_pt import pipeline
 
-    work: Work = given["work"]
-    context = ray.train.get_context()
-    if work.folder is not None:
-        os.chdir(work.folder)
-    torch.set_num_threads(num_threads(_num_node_cpus(), context.get_local_world_size()))
-    console = None
-    if context.get_world_rank() == 0:
-        console = Console(file=work.screen, soft_wrap=True, markup=False, emoji=False)
+    config, stage = given.work.config, given.stage
+    if stage.kind == PREPARE:
+        pipeline.check(config, pipeline.prepare(config, console))
+    elif stage.kind == FINETUNE:
+        pipeline.finetune(config, console, on_validation, tasks=[stage.task])
+    elif stage.kind == EVALUATE:
+        return _judge_and_export(given, console)
+    elif config.finetune.start_from is not None:
+        pipeline.finetune(config, console, on_validation, tasks=())
+    else:
+        pipeline.pretrain(config, console, on_validation)
+    return None
+
+
+def _judge_and_export(given: StageWork, console: Lines | None) -> RunResult:
+    from torchrec_pt import pipeline
+
+    config = given.work.config
+    evaluation = pipeline.evaluate(config, console, tasks=given.tasks)
+    if console is not None and "ranking" in set(config.finetune.tasks) - set(given.tasks):
+        console.print("export: not fine-tuned for ranking, so the pretrained model is exported")
+    exported = pipeline.export_run(config, console)
+    pipeline.report_run(config, console)
+    user, offered = pipeline.recommend(config, config.show.user, config.show.k)
+    return pipeline.RunResult(evaluation, exported, user, offered, seconds=0.0)
+
+
+def refused_or(do: Callable[[], Finished]) -> Finished | Refused:
+    """What it returns, or what trying again does not mend; anything else is raised."""
     try:
-        result = pipeline.run(work.config, console)
+        return do()
     except (ValueError, OSError, RuntimeError) as error:
         code = exit_code_of(error)
         if code is None:
             raise
-        # A rank that did not fail waits in a collective: leaving the group wakes it.
-        dist.destroy_process_group()
         return Refused(refused(error) if isinstance(error, OSError) else str(error), code)
-    ray.train.report(flat_metrics(result.evaluation))
-    return Finished(pickle.dumps(result))
 
 
 def exit_code_of(error: Exception) -> int | None:
@@ -116,6 +235,39 @@ def flat_metrics(evaluation: Evaluation) -> dict[str, float]:
         for model, metrics in result.metrics.items()
         for metric, value in metrics.items()
     }
+
+
+def _enter(work: Work, num_node_workers: int) -> None:
+    import torch
+
+    if work.folder is not None:
+        os.chdir(work.folder)
+    torch.set_num_threads(num_threads(_num_node_cpus(), num_node_workers))
+
+
+def _require_shared(given: StageWork, rank: int) -> None:
+    """All ranks call it.
+
+    Raises:
+        ValueError: a node does not see what the first rank writes to run_dir.
+    """
+    from torchrec_pt.distributed import raised_together
+
+    run_dir = given.work.config.run_dir
+    mark = run_dir / f".seen-by-{given.stage.slug}"
+    with raised_together():
+        if rank == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    with raised_together():
+        if not mark.exists():
+            node = ray.util.get_node_ip_address()
+            raise ValueError(
+                f"run_dir: must be one folder for all workers, {run_dir} on node {node} is "
+                "another; put it on storage that every node sees"
+            )
+    if rank == 0:
+        mark.unlink(missing_ok=True)
 
 
 def _num_node_cpus() -> int:

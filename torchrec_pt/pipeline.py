@@ -7,6 +7,7 @@ there, made from the same configuration and inputs, are not done again.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,9 +110,14 @@ def finetune(
     config: RunConfig,
     console: Console | None = None,
     on_validation: OnValidation | None = None,
+    *,
+    tasks: Collection[str] | None = None,
 ) -> dict[str, dict[str, StageResult]]:
-    """Fine-tune for every configured task: task -> "pretrained", and "scratch" where asked for.
+    """Fine-tune for the configured tasks: task -> "pretrained", and "scratch" where asked for.
 
+    Args:
+        tasks: those of them to do now, in any order and on any number of processes; default: all.
+            With none, `finetune.start_from` is taken over and no more.
     Raises:
         ValueError: no task configured, data that one cannot use, or nothing pretrained.
         TrainingError: the loss became NaN or infinite.
@@ -133,6 +139,8 @@ def finetune(
             )
         results: dict[str, dict[str, StageResult]] = {}
         for task, train in config.finetune.tasks.items():
+            if tasks is not None and task not in tasks:
+                continue
             arms: dict[str, tuple[TaskConfig, StageResult | None]] = {
                 "pretrained": (train, pretrained)
             }
@@ -172,9 +180,13 @@ def _take_over(stage: Stage, dataset: PreparedDataset) -> StageResult:
 Evaluation = dict[str, TaskEvaluation]
 
 
-def evaluate(config: RunConfig, console: Console | None = None) -> Evaluation:
+def evaluate(
+    config: RunConfig, console: Console | None = None, *, tasks: Collection[str] | None = None
+) -> Evaluation:
     """Test every model of the run. Ranking is always judged, of the pretrained model at least.
 
+    Args:
+        tasks: those of the configured ones to judge; default: all.
     Raises:
         ValueError: no test interactions.
     """
@@ -182,7 +194,8 @@ def evaluate(config: RunConfig, console: Console | None = None) -> Evaluation:
         dataset = _load_prepared(stage)
         evaluation: Evaluation = {}
         folder = config.run_dir / "evaluate"
-        for task in dict.fromkeys(["ranking", *config.finetune.tasks]):
+        asked = [task for task in config.finetune.tasks if tasks is None or task in tasks]
+        for task in dict.fromkeys(["ranking", *asked]):
             if task == "ranking":
                 found = evaluate_ranking(stage, dataset)
             else:
@@ -254,10 +267,7 @@ def run(config: RunConfig, console: Console | None = None) -> RunResult:
     """Every stage of the configuration, in order."""
     started_at = time.monotonic()
     with joined_ranks():
-        dataset = prepare(config, console)
-        require_rows(dataset.manifest, "test")
-        _check_show(config.show, dataset)
-        _check_candidates(config.evaluate, dataset)
+        check(config, prepare(config, console))
         if config.finetune.start_from is None:
             pretrain(config, console)
         if config.finetune.tasks or config.finetune.start_from is not None:
@@ -270,8 +280,19 @@ def run(config: RunConfig, console: Console | None = None) -> RunResult:
     return RunResult(evaluation, exported, user, recommendations, time.monotonic() - started_at)
 
 
+def check(config: RunConfig, dataset: PreparedDataset) -> None:
+    """What the later stages of a run need of its data, before anything is trained.
+
+    Raises:
+        ValueError: they would fail.
+    """
+    require_rows(dataset.manifest, "test")
+    _check_show(config.show, dataset)
+    _check_candidates(config.evaluate, dataset)
+
+
 def _check_show(show: ShowConfig, dataset: PreparedDataset) -> None:
-    """Before anything is trained: what `run` shows at its end exists."""
+    """What `run` shows at its end exists."""
     if show.user is not None:
         find_user(dataset, show.user)
     if show.title is not None and show.title not in dataset.items.columns:
@@ -279,7 +300,7 @@ def _check_show(show: ShowConfig, dataset: PreparedDataset) -> None:
 
 
 def _check_candidates(evaluate: EvaluateConfig, dataset: PreparedDataset) -> None:
-    """Before anything is trained: the file of candidates can be used."""
+    """The file of candidates can be used."""
     if evaluate.candidates is not None and evaluate.candidates.path is not None:
         with raised_together():
             read_candidates(evaluate.candidates.path, dataset, held_out(dataset, "test").users)

@@ -23,10 +23,20 @@ class StageProgress:
     Args:
         console: where to draw; None draws nothing.
         start: steps done before, when resuming.
+        with_lines: without a terminal, also say something between the start and the end.
     """
 
-    def __init__(self, console: Console | None, name: str, num_steps: int, start: int = 0) -> None:
+    def __init__(
+        self,
+        console: Console | None,
+        name: str,
+        num_steps: int,
+        start: int = 0,
+        *,
+        with_lines: bool = True,
+    ) -> None:
         self.console = console
+        self.with_lines = with_lines
         self.name = name
         self.num_steps = num_steps
         self.done = start
@@ -82,7 +92,7 @@ class StageProgress:
         text = f"loss {loss:.4f}  {rate:,.0f} rows/s  {self._note}"
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, text=text)
-        elif now - self._last_line_at >= SECONDS_BETWEEN_LINES:
+        elif self.with_lines and now - self._last_line_at >= SECONDS_BETWEEN_LINES:
             self._last_line_at = now
             steps = self.done - self._start
             left = (now - self._started_at) / steps * (self.num_steps - self.done)

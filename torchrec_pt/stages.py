@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,17 @@ def entered(
     with joined_ranks() as ranks:
         with raised_together():
             if ranks.is_first:
-                write_json(config.run_dir / "config.json", config.model_dump(mode="json"))
+                _leave_config(config)
         yield Stage(config, ranks, console if ranks.is_first else None, on_validation)
+
+
+def _leave_config(config: RunConfig) -> None:
+    """Stages that run side by side find what the first of them left, and do not write at once."""
+    path, resolved = config.run_dir / "config.json", config.model_dump(mode="json")
+    with suppress(OSError, ValueError):
+        if json.loads(path.read_text()) == resolved:
+            return
+    write_json(path, resolved)
 
 
 def train_stage(

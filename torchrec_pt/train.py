@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,6 @@ from torchrec_pt.transfer import Numbering, model_tensors, optimizer_tensors
 
 # Metrics on the validation split
 Validate = Callable[[], dict[str, float]]
-# Told, on every rank, the monitored metric and the curve so far, once a validation is saved
-OnValidation = Callable[[str, list[dict[str, Any]]], None]
 
 
 class TrainingError(RuntimeError):
@@ -60,6 +58,27 @@ class Position:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Validated:
+    """A validation whose checkpoint is on disk.
+
+    Attributes:
+        name: the stage's.
+        monitor: the metric that decides.
+        curve: one entry per validation so far, as `Position` has it.
+        checkpoint: of this validation.
+    """
+
+    name: str
+    monitor: str
+    curve: Sequence[dict[str, Any]]
+    checkpoint: Path
+
+
+# Told on every rank, at the same place
+OnValidation = Callable[[Validated], None]
+
+
 class Trainer:
     """One stage: a sharded learner, its optimizers, and the folder it leaves behind.
 
@@ -68,6 +87,7 @@ class Trainer:
         monitor: the validation metric that chooses the best checkpoint.
         fingerprint: names the configuration and inputs; a checkpoint of another one is not resumed.
         numbering: of the tables' rows; every checkpoint holds it.
+        on_validation: shows progress in the place of the console's lines between validations.
     """
 
     def __init__(
@@ -134,7 +154,10 @@ class Trainer:
 
     def _train(self, validate: Validate, writer: EventFile | None) -> None:
         num_steps = self.optimizers.num_steps
-        with StageProgress(self.console, self.name, num_steps, self.position.step) as progress:
+        start, with_lines = self.position.step, self.on_validation is None
+        with StageProgress(
+            self.console, self.name, num_steps, start, with_lines=with_lines
+        ) as progress:
             while self.position.epoch < self.config.epochs and not self._is_out_of_patience():
                 losses = self._train_epoch(progress, writer)
                 if self.position.epoch % self.config.validate_every == 0 or self._is_last_epoch():
@@ -276,7 +299,9 @@ class Trainer:
             if writer is not None:
                 writer.check()
         if self.on_validation is not None:
-            self.on_validation(self.monitor, position.curve)
+            self._saver.wait()
+            path = checkpoint.folder_of_step(self._checkpoints, position.step)
+            self.on_validation(Validated(self.name, self.monitor, position.curve, path))
 
     def _save(self) -> None:
         state = {

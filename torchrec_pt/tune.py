@@ -23,7 +23,7 @@ from torchrec_pt.config_file import ConfigError
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import joined_ranks, raised_together
 from torchrec_pt.metrics import goodness
-from torchrec_pt.train import TrainingError
+from torchrec_pt.train import TrainingError, Validated
 from torchrec_pt.trials import Trial
 
 
@@ -147,8 +147,9 @@ def _train(
     task = trials.settings(config).task
     num_epochs = trials.judged(trial, task).epochs
 
-    def on_validation(monitor: str, curve: list[dict[str, Any]]) -> None:
+    def on_validation(told: Validated) -> None:
         if on_progress is not None:
+            monitor, curve = told.monitor, told.curve
             best = max((e["metrics"] for e in curve), key=lambda m: goodness(monitor, m[monitor]))
             on_progress(Progress(curve[-1]["epoch"], num_epochs, monitor, best))
 
