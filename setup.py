@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -19,6 +20,11 @@ NVCC_FLAGS = ["-O3", "-std=c++20"]
 
 if sys.platform.startswith("linux"):
     CXX_FLAGS.append("-fopenmp")  # at::parallel_for is serial without it
+
+# torchrec_pt/extension.py, without importing the package, whose needs are not installed yet.
+spec = importlib.util.spec_from_file_location("extension", ROOT / "torchrec_pt" / "extension.py")
+extension: Any = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(extension)
 
 
 def sources(suffix: str) -> list[str]:
@@ -69,6 +75,11 @@ class IncrementalBuild(BuildExtension):
         super().finalize_options()
         objects = "objects-cuda" if cuda_is_buildable() else "objects"
         self.build_temp = str(ROOT / "build" / objects)
+
+    def run(self) -> None:
+        super().run()
+        built = Path(self.get_ext_fullpath("torchrec_pt._C"))
+        built.with_name(extension.SOURCES).write_text(extension.digest_of(ROOT))
 
 
 setup(

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster.resources import Device
 
 JOB_FILE = "job.json"
+SEARCH_FILE = "search.json"
 # Of jobs and of runs: becomes part of file names and ids.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
@@ -42,5 +43,26 @@ class JobFile(BaseModel):
     resize_interval_s: float = Field(default=60.0, gt=0)
     storage: str | None = None
     ingest: Literal["local", "ray"] = "local"
+    versions: dict[str, str] = {}
+    allow_other_versions: bool = False
+
+
+class SearchFile(BaseModel):
+    """One search as a job.
+
+    Attributes:
+        config: as of a JobFile, but what the user wrote alone: a trial's values may bring other
+            defaults.
+        folder, versions, allow_other_versions: as of a JobFile.
+        num_parallel: trials at a time; None: one a GPU, or a CPU without GPUs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=NAME_PATTERN)
+    config: dict[str, Any]
+    folder: Path | None = None
+    num_parallel: int | None = Field(default=None, ge=1)
+    device: Device = Device.auto
     versions: dict[str, str] = {}
     allow_other_versions: bool = False

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-COMPARED = ("torch", "torchrec", "ray", "torchrec_pt")
+import torchrec_pt
+
+COMPARED = ("torch", "torchrec", "ray")
 
 
 def installed_versions() -> dict[str, str]:
-    """Package -> version; what is not installed is left out."""
-    found = {}
+    """Package -> version, and python's minor; what is not installed is left out.
+
+    torchrec_pt is the one that runs, which need not be the one that is installed.
+    """
+    found = {
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "torchrec_pt": torchrec_pt.__version__,
+    }
     for package in COMPARED:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
     return found
-
-
-def write_versions(versions: Mapping[str, str]) -> str:
-    """One word for a command line: torch=2.13.0,ray=2.60.0"""
-    return ",".join(f"{package}={number}" for package, number in versions.items())
-
-
-def read_versions(text: str) -> dict[str, str]:
-    pairs = (word.partition("=") for word in text.split(",") if word)
-    return {package: number for package, _, number in pairs}
 
 
 def version_mismatch(submitted: Mapping[str, str], cluster: Mapping[str, str]) -> str | None:
@@ -43,6 +42,20 @@ def version_mismatch(submitted: Mapping[str, str], cluster: Mapping[str, str]) -
     if not differing:
         return None
     return f"versions differ: {'; '.join(differing)}. Results may too; use the cluster's versions"
+
+
+def check_versions(
+    submitted: Mapping[str, str], cluster: Mapping[str, str], *, allow_other: bool
+) -> str | None:
+    """The line about a mismatch that is allowed; None where there is none.
+
+    Raises:
+        ValueError: a mismatch that is not.
+    """
+    mismatch = version_mismatch(submitted, cluster)
+    if mismatch is not None and not allow_other:
+        raise ValueError(f"{mismatch}, or submit with --allow-other-versions")
+    return mismatch
 
 
 def _release(number: str) -> str:

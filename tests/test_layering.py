@@ -24,6 +24,7 @@ LAYERS = (
         "distributed",
         "files",
         "events",
+        "extension",
         "launch",
         "progress",
         "_C",

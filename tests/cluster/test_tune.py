@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+import pytest
+from ray.util.state import list_actors
 from typer.testing import CliRunner
 
 from cluster import tune as command
+from cluster.nodes import LocalCluster
+from cluster.packing import ROOT
 from cluster.proposals import SCORE, Proposals
-from cluster.submit import python_path
 from tests.conftest import tiny_config
+from torchrec_pt import extension
 from torchrec_pt.config import RunConfig
 from torchrec_pt.config_file import load_config, with_values
+from torchrec_pt.ops import _C
 from torchrec_pt.trials import Trial
 
 CONFIG = """\
-run_dir = "run"
+run_dir = "{run}"
 
 [data]
 format = "tsv"
-path = "log.tsv"
-columns = { rating = "rating", timestamp = "timestamp" }
+path = "{log}"
+columns = {{ rating = "rating", timestamp = "timestamp" }}
 
 [model]
 dim = 16
@@ -38,7 +46,7 @@ epochs = 4
 batch_size = 10
 warmup_steps = 0
 learning_rate = 1e-2
-objectives = [{ name = "next_item" }]
+objectives = [{{ name = "next_item" }}]
 
 [tune]
 task = "pretrain"
@@ -46,34 +54,49 @@ num_trials = 3
 grace_epochs = 2
 
 [tune.space]
-pretrain.learning_rate = { choices = [1e-7, 1e30] }
+pretrain.learning_rate = {{ choices = [1e-7, 1e30] }}
 """
 
 
-def _search(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cluster.tune", "run.toml", "--local", "--parallel=1", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": python_path()},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """Two nodes with one CPU each, which have built the operators of these sources before."""
+    cache = tmp_path_factory.mktemp("cache")
+    device = "cuda" if shutil.which("nvcc") else "cpu"
+    built = cache / "torchrec_pt" / f"{extension.digest_of(ROOT)}-{device}" / "torchrec_pt"
+    built.mkdir(parents=True)
+    (built / f"_C{EXTENSION_SUFFIXES[0]}").symlink_to(str(_C.__file__))
+    environment = {
+        "XDG_CACHE_HOME": str(cache),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    with LocalCluster(num_nodes=2, cpus_per_node=1, environment=environment) as nodes:
+        yield nodes
 
 
 def test_asha_stops_what_falls_behind_and_the_best_is_written_as_without_ray(
-    tmp_path: Path, cycle_folder: Path
+    tmp_path: Path, cycle_folder: Path, cluster: LocalCluster
 ) -> None:
-    (tmp_path / "run.toml").write_text(CONFIG)
-    (tmp_path / "log.tsv").symlink_to(cycle_folder / "log.tsv")
-    done = _search(tmp_path)
+    def search(*arguments: str) -> subprocess.CompletedProcess[str]:
+        words = ["cluster.tune", str(config), "--address", cluster.dashboard, "--follow"]
+        return subprocess.run(
+            [sys.executable, "-m", *words, *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    config = tmp_path / "run.toml"
+    config.write_text(CONFIG.format(run=tmp_path / "run", log=cycle_folder / "log.tsv"))
+    done = search("--parallel=1")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("submitted run-")
     assert "prepare: 37 users, 30 items" in done.stdout
     assert done.stdout.count(" of 3: ") == 3
     assert not done.stderr
 
-    lines = (tmp_path / "run/tune/trials.jsonl").read_text().splitlines()
-    trials = [Trial(**json.loads(line)) for line in lines]
+    trials = _written(tmp_path)
     by_rate = {trial.values["pretrain.learning_rate"]: trial for trial in trials}
     assert {rate: trial.state for rate, trial in by_rate.items()} == {
         1e-2: "done",
@@ -83,26 +106,40 @@ def test_asha_stops_what_falls_behind_and_the_best_is_written_as_without_ray(
     assert by_rate[1e-7].epochs == 2
     assert "loss is not finite" in by_rate[1e30].reason
     assert by_rate[1e-2].number == 0
-
     best = load_config(tmp_path / "run/tune/best.toml")
-    assert best == with_values(load_config(tmp_path / "run.toml"), {})
+    assert best == with_values(load_config(config), {})
 
-    again = _search(tmp_path)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "tune: 3 trials ended before" in again.stdout
-    assert " of 3: " not in again.stdout
+    # The same command with more trials runs what is left, one on each node.
+    more = search("--trials=5", "--parallel=2")
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert "tune: 3 trials ended before" in more.stdout
+    assert more.stdout.count(" of 5: ") == 2
+    assert _written(tmp_path)[:3] == trials
+    assert len(_written(tmp_path)) == 5
+    actors = list_actors(cluster.dashboard, filters=[("class_name", "=", "ImplicitFunc")])
+    assert {actor.node_id for actor in actors} == {cluster.head.id, cluster.workers[0].id}
 
-    refused = _search(tmp_path, "--set", "data.path=no.tsv")
+    refused = search("--set", f"data.path={tmp_path}/no.tsv")
     assert refused.returncode == 2
-    assert refused.stderr == "cluster.tune: data.path: no.tsv does not exist; check the path\n"
+    said = f"cluster.tune: data.path: {tmp_path}/no.tsv does not exist; check the path"
+    assert said in refused.stdout.splitlines()
 
 
-def test_a_cluster_must_be_named_and_see_the_paths(tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text(CONFIG)
+def _written(folder: Path) -> list[Trial]:
+    lines = (folder / "run/tune/trials.jsonl").read_text().splitlines()
+    return [Trial(**json.loads(line)) for line in lines]
+
+
+def test_a_cluster_must_be_named_and_see_the_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    (tmp_path / "run.toml").write_text(CONFIG.format(run="run", log="log.tsv"))
     for arguments, said in (
         ([], "run_dir: on a cluster it must be absolute"),
         (["--set", "run_dir=/r", "--set", "data.path=/d"], "--address: which cluster?"),
-        (["--local", "--address", "auto"], "--local: starts a Ray of its own"),
+        (["--local", "--address", "http://head:8265"], "--local: starts a Ray of its own"),
+        (["--name", "a;rm", "--local"], "--name: begins with a letter"),
     ):
         done = CliRunner().invoke(command.app, [str(tmp_path / "run.toml"), *arguments])
         assert isinstance(done.exception, ValueError)

@@ -2,8 +2,10 @@
 
 import torch  # noqa: F401 - loads the libraries that _C is linked to
 
+from torchrec_pt.extension import load_operators
+
 try:
-    from torchrec_pt import _C
+    _C = load_operators()
 except ImportError as error:
     raise ImportError(
         f"torchrec_pt: the operators of csrc cannot be loaded ({error}); run `make setup`"
