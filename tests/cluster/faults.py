@@ -164,14 +164,11 @@ def metrics(run_dir: Path) -> dict[str, dict[str, float]]:
 def undisturbed(config: Path, *, workers: int) -> dict[str, dict[str, float]]:
     """The metrics of the same run without Ray, and without anything that is killed."""
     folder = config.parent / "undisturbed"
+    script = Path(__file__).with_name("undisturbed_ranks.py")
     subprocess.run(
-        [
-            *(sys.executable, "-m", "torchrec_pt", "run", str(config)),
-            *("--workers", str(workers), "--set", f"run_dir={folder}"),
-        ],
+        [sys.executable, script, config, str(workers), folder],
         env={**os.environ, **ENVIRONMENT},
         check=True,
-        capture_output=True,
         timeout=PATIENCE_S,
     )
     return metrics(folder)
