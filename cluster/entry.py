@@ -17,14 +17,16 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from cluster.client import mistakes_of
 from cluster.graph import run_graph
 from cluster.job_file import JobFile
-from cluster.resources import use_gpus
+from cluster.resources import num_places, use_gpus
 from cluster.screen import screen_to
-from cluster.versions import installed_versions, version_mismatch
-from cluster.worker import Work
-from torchrec_pt.config import RunConfig
-from torchrec_pt.files import refused
+from cluster.stages import Outcomes
+from cluster.storage import Storage
+from cluster.versions import check_versions, installed_versions
+from cluster.work import Work
+from torchrec_pt.config_file import resolved
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(soft_wrap=True, markup=False, emoji=False)
@@ -34,25 +36,31 @@ console = Console(soft_wrap=True, markup=False, emoji=False)
 def entry(job: Annotated[Path, typer.Argument(metavar="job.json")]) -> None:
     """Run a job that `cluster.submit` described, on the Ray that this machine is of."""
     asked = load_job(job)
-    _check_versions(asked)
+    mismatch = check_versions(
+        asked.versions, installed_versions(), allow_other=asked.allow_other_versions
+    )
+    if mismatch is not None:
+        _say(mismatch)
     if asked.folder is not None:
         os.chdir(asked.folder)
-    config = RunConfig.model_validate(asked.config)
+    config = resolved(asked.config)
+    if asked.storage is not None:
+        Storage.open(asked.storage, asked.name)  # a mistake is said before anything runs
     connection = ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    on_gpus = use_gpus(asked.device, asked.min_workers, num_gpus)
+    resources = ray.cluster_resources()
+    on_gpus = use_gpus(asked.device, asked.min_workers, int(resources.get("GPU", 0)))
     _say(f"Ray {ray.__version__}: {_workers(asked, on_gpus)}; {_dashboard(connection)}")
+    places = num_places(resources, on_gpus)
+    if asked.min_workers > places:
+        _say(f"the cluster has room for {places} of {asked.min_workers} workers; waiting for more")
     with screen_to(sys.stdout) as screen:
         ended = run_graph(asked, Work(config, asked.folder, screen), on_gpus=on_gpus)
     if ended.run is not None:
         from torchrec_pt import tables
 
         tables.print_run(ended.run, config, console)
-    for name, outcome in ended.outcomes.items():
-        if outcome.state == "failed":
-            _complain(f"{name}: {outcome.message}")
-        elif outcome.state == "skipped":
-            _complain(f"{name}: skipped, {outcome.message}")
+    for line in complaints(ended.outcomes):
+        print(f"torchrec-pt: {line}", file=sys.stderr)
     raise typer.Exit(ended.exit_code)
 
 
@@ -67,23 +75,15 @@ def load_job(path: Path) -> JobFile:
         raise ValueError(f"{path}: cannot be read, {error.strerror}; check the path") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"{path}: {where}: {first['msg']}; submit the run again, it writes this file"
-        ) from None
+        what = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
+        raise ValueError(f"{path}: {what}; submit the run again, it writes this file") from None
 
 
-def _check_versions(job: JobFile) -> None:
-    """
-    Raises:
-        ValueError: the submitting side had others, and has not said that they may differ.
-    """
-    mismatch = version_mismatch(job.versions, installed_versions())
-    if mismatch is None:
-        return
-    if not job.allow_other_versions:
-        raise ValueError(f"{mismatch}, or submit with --allow-other-versions")
-    _say(mismatch)
+def complaints(outcomes: Outcomes) -> list[str]:
+    """A line for each stage that failed, and one for those that were skipped for it."""
+    lines = [f"{name}: {one.message}" for name, one in outcomes.items() if one.state == "failed"]
+    skipped = [name for name, one in outcomes.items() if one.state == "skipped"]
+    return [*lines, f"not begun: {', '.join(skipped)}"] if skipped else lines
 
 
 def _workers(job: JobFile, on_gpus: bool) -> str:
@@ -103,20 +103,9 @@ def _say(line: str) -> None:
     console.print(line, highlight=False)
 
 
-def _complain(line: str) -> None:
-    print(f"torchrec-pt: {line}", file=sys.stderr)
-
-
 def main() -> None:
-    """A mistake of the user is one line and exit code 2."""
-    try:
+    with mistakes_of("torchrec-pt"):
         app()
-    except ValueError as error:
-        _complain(str(error))
-        sys.exit(2)
-    except OSError as error:
-        _complain(refused(error))
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.resources import Device
 
@@ -45,6 +45,14 @@ class JobFile(BaseModel):
     ingest: Literal["local", "ray"] = "local"
     versions: dict[str, str] = {}
     allow_other_versions: bool = False
+
+    @model_validator(mode="after")
+    def _limits_ascend(self) -> JobFile:
+        if self.min_workers > self.max_workers:
+            raise ValueError(
+                f"--workers: MIN:MAX must ascend, given {self.min_workers}:{self.max_workers}"
+            )
+        return self
 
 
 class SearchFile(BaseModel):

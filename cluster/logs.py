@@ -1,7 +1,7 @@
 """What happened, for machines: one JSON object a line, in one file a stage and rank.
 
-<run_dir>/logs/<stage>-<rank>.jsonl        what a rank did
-<run_dir>/logs/<stage>-watch.jsonl         what was seen from outside: workers lost
+<run_dir>/logs/<stage>-<rank>.jsonl        what a rank did and measured
+<run_dir>/logs/<stage>-driver.jsonl        when the stage began and ended, workers that it lost
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "logs"
-WATCH = "watch"  # stands where ranks have their number
+DRIVER = "driver"  # stands where ranks have their number
 
 
 class Log:

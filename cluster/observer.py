@@ -20,13 +20,13 @@ import ray.train
 from pyarrow import fs
 from ray.train import UserCallback
 
-from cluster.logs import WATCH, Log
+from cluster.logs import DRIVER, Log
 from cluster.screen import Lines, failures
 from cluster.stages import EVALUATE, FINETUNE
-from cluster.worker import StageWork, flat_metrics
+from cluster.work import StageWork
 
 if TYPE_CHECKING:
-    from torchrec_pt.pipeline import RunResult
+    from torchrec_pt.pipeline import Evaluation, RunResult
     from torchrec_pt.train import Validated
 
 # What Ray Train's checkpoints are compared by: the monitored metric, turned so that larger is
@@ -79,13 +79,16 @@ class Observer:
             assert result is not None
             self._report(flat_metrics(result.evaluation), None)
             return
+        from torchrec_pt.checkpoint import folder_of_step
         from torchrec_pt.runs import load_result
 
         folder = f"finetune/{stage.task}/pretrained" if stage.kind == FINETUNE else "pretrain"
         ended = load_result(run_dir / folder)
         assert ended is not None
         monitor, curve = ended.values["monitor"], ended.values["curve"]
-        best = next(entry for entry in curve if entry["metrics"] == ended.metrics)
+        best = next(
+            e for e in curve if folder_of_step(Path(), e["step"]).name == ended.checkpoint.name
+        )
         self._report(reported(monitor, best), ended.checkpoint)
 
     def _is_due(self) -> bool:
@@ -138,6 +141,16 @@ def reported(monitor: str, entry: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def flat_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """task/model/metric -> value, as Ray Train reports metrics."""
+    return {
+        f"{task}/{model}/{metric}": value
+        for task, result in evaluation.items()
+        for model, metrics in result.metrics.items()
+        for metric, value in metrics.items()
+    }
+
+
 def link_files(source: Path, target: Path) -> None:
     """The files of a folder once more; copies where the disk has no hard links."""
     target.mkdir(parents=True)
@@ -169,7 +182,7 @@ class Watch(UserCallback):
         lost, why = causes(worker_exceptions), failures(causes(worker_exceptions))
         goes_on = self._num_failures <= self._max_failures
         stage = self._given.stage.name
-        Log(self._given.work.run_dir, job=self._given.job, stage=stage, rank=WATCH).write(
+        self._given.log(DRIVER).write(
             "lost workers",
             lost=sorted(lost),
             why=why,
@@ -183,8 +196,7 @@ class Watch(UserCallback):
             if goes_on
             else f"given up after {self._max_failures} restarts"
         )
-        self._given.work.screen.write(f"{stage}: lost {of} ({why}); {then}\n")
-        self._given.work.screen.flush()
+        self._given.work.screen.say(f"{stage}: lost {of} ({why}); {then}")
 
 
 def causes(by_rank: Mapping[int, Exception]) -> dict[int, Exception]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 
 
@@ -35,14 +36,15 @@ def num_threads(num_node_cpus: int, num_node_workers: int) -> int:
     return max(1, num_node_cpus // num_node_workers)
 
 
-def num_side_by_side(min_workers: int, num_cpus: int, num_gpus: int | None) -> int:
+def num_places(resources: Mapping[str, float], on_gpus: bool) -> int:
+    """Workers that a cluster of these resources has room for: each takes a CPU, or a GPU too."""
+    num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    return min(num_cpus, num_gpus) if on_gpus else num_cpus
+
+
+def num_side_by_side(min_workers: int, num_places: int) -> int:
     """Stages that can train at a time, each with its fewest workers; at least one.
 
     More of them could each hold some workers and wait for the others' for ever.
-
-    Args:
-        num_cpus: of the cluster; a worker takes one.
-        num_gpus: likewise; None where workers take none.
     """
-    num_workers = num_cpus if num_gpus is None else min(num_cpus, num_gpus)
-    return max(1, num_workers // min_workers)
+    return max(1, num_places // min_workers)

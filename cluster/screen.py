@@ -37,6 +37,10 @@ class Screen(io.StringIO):
             self.truncate()
             self._queue.put(text)
 
+    def say(self, line: str) -> None:
+        self.write(f"{line}\n")
+        self.flush()
+
 
 class Lines(Console):
     """What the library says, without its tables: those stand in the run's report."""
@@ -82,7 +86,7 @@ def last_line(error: BaseException) -> str:
     """What happened, without the traceback that Ray's errors carry as text."""
     error = getattr(error, "health_check_failure", error)  # Ray Train's, around another
     if isinstance(error, RayActorError):
-        if "node" in str(error).partition(":")[0]:
+        if "node has died" in str(error):
             return "its node died"
         return "its process died, killed or out of memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

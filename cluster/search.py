@@ -16,7 +16,7 @@ from ray import tune
 from rich.console import Console
 
 from cluster.screen import last_line
-from cluster.worker import Refused, Work, exit_code_of
+from cluster.work import Refused, Work, exit_code_of
 from torchrec_pt.config import RunConfig
 from torchrec_pt.files import refused
 

@@ -22,7 +22,7 @@ from cluster.resources import use_gpus
 from cluster.screen import screen_to
 from cluster.search import ENVIRONMENT, search
 from cluster.versions import check_versions, installed_versions
-from cluster.worker import Refused, Work
+from cluster.work import Refused, Work
 from torchrec_pt.config import RunConfig
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

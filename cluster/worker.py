@@ -11,102 +11,19 @@ import contextlib
 import os
 import pickle
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
 
-from cluster.logs import Log
 from cluster.resources import num_threads
-from cluster.screen import Lines, Screen
-from cluster.stages import EVALUATE, FINETUNE, PREPARE, Stage
-from torchrec_pt.config import RunConfig
-from torchrec_pt.files import refused
+from cluster.screen import Lines
+from cluster.stages import EVALUATE, FINETUNE, PREPARE
+from cluster.work import Finished, Refused, StageWork, Work, refused_or
 
 if TYPE_CHECKING:
-    from torchrec_pt.pipeline import Evaluation, RunResult
+    from torchrec_pt.pipeline import RunResult
     from torchrec_pt.train import OnValidation
-
-
-@dataclass(frozen=True)
-class Work:
-    """Attributes:
-    folder: relative paths of the configuration are taken from here; None stays where Ray
-        starts its workers.
-    screen: shows what rank 0 prints.
-    """
-
-    config: RunConfig
-    folder: Path | None
-    screen: Screen
-
-    @property
-    def run_dir(self) -> Path:
-        """Absolute where anything makes it so."""
-        return (self.folder or Path()) / self.config.run_dir
-
-
-@dataclass(frozen=True)
-class StageWork:
-    """One stage of it.
-
-    Attributes:
-        job: the run's name, in logs and in the storage.
-        tasks: those whose fine-tuning is finished; for the last stage.
-        storage: where stages are kept besides run_dir.
-    """
-
-    work: Work
-    job: str
-    stage: Stage
-    tasks: tuple[str, ...] = ()
-    storage: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Ray Train wants a dictionary."""
-        return {"given": self}
-
-    def fetch(self) -> None:
-        """Bring what the stage starts from to this node's run_dir."""
-        if self.storage is not None:
-            from cluster.storage import Storage
-
-            folders = self.stage.reads
-            Storage.open(self.storage, self.job).fetch(self.work.config.run_dir, folders)
-
-    def leave(self) -> None:
-        """Keep what the stage has made so far."""
-        if self.storage is not None:
-            from cluster.storage import Storage
-
-            folders = [*self.stage.writes, "logs"]
-            Storage.open(self.storage, self.job).leave(self.work.config.run_dir, folders)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Attributes:
-    pickled_result: of the last stage a RunResult, else None. Bytes, so that who hands it on
-        need not import TorchRec.
-    """
-
-    pickled_result: bytes
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A run that ended by an error that trying again does not mend.
-
-    Attributes:
-        message: one line for the user.
-        exit_code: that of `torchrec-pt` for the same error.
-    """
-
-    message: str
-    exit_code: int
 
 
 def train_loop(loop_config: dict[str, Any]) -> Finished | Refused:
@@ -125,7 +42,7 @@ def train_loop(loop_config: dict[str, Any]) -> Finished | Refused:
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     _enter(given.work, context.get_local_world_size())
     console = Lines(given.work.screen) if rank == 0 else None
-    log = Log(given.work.config.run_dir, job=given.job, stage=given.stage.name, rank=rank)
+    log = given.log(rank)
 
     def do() -> Finished:
         with joined_ranks():
@@ -134,7 +51,9 @@ def train_loop(loop_config: dict[str, Any]) -> Finished | Refused:
             with raised_together():
                 if rank == 0:
                     given.fetch()
-                log.write("started", num_workers=num_workers)
+                log.write("started", num_workers=num_workers, **_here())
+            if console is not None and given.is_elastic:
+                console.print(f"{given.stage.name}: on {num_workers} workers", highlight=False)
             observer = Observer(given, log, console)
             started_at = time.monotonic()
             result = run_stage(given, console, observer)
@@ -157,14 +76,22 @@ def train_loop(loop_config: dict[str, Any]) -> Finished | Refused:
 
 def prepare(given: StageWork) -> Finished | Refused:
     """The stage that no other rank takes part in, in a process of its own."""
+    from torchrec_pt.distributed import joined_ranks
+
     _enter(given.work, 1)
-    log = Log(given.work.config.run_dir, job=given.job, stage=given.stage.name, rank=0)
+    log = given.log(0)
 
     def do() -> Finished:
         given.fetch()
-        log.write("started", num_workers=1)
+        log.write("started", num_workers=1, **_here())
         started_at = time.monotonic()
-        run_stage(given, Lines(given.work.screen), None)
+        console = Lines(given.work.screen)
+        if given.ingest == "ray":
+            from cluster.ingest import prepare_on_ray
+
+            prepare_on_ray(given.work.config, console)  # which the library then finds done
+        with joined_ranks():
+            run_stage(given, console, None)
         log.write("ended", seconds=time.monotonic() - started_at)
         given.leave()
         return Finished(pickle.dumps(None))
@@ -205,38 +132,6 @@ def _judge_and_export(given: StageWork, console: Lines | None) -> RunResult:
     return pipeline.RunResult(evaluation, exported, user, offered, seconds=0.0)
 
 
-def refused_or(do: Callable[[], Finished]) -> Finished | Refused:
-    """What it returns, or what trying again does not mend; anything else is raised."""
-    try:
-        return do()
-    except (ValueError, OSError, RuntimeError) as error:
-        code = exit_code_of(error)
-        if code is None:
-            raise
-        return Refused(refused(error) if isinstance(error, OSError) else str(error), code)
-
-
-def exit_code_of(error: Exception) -> int | None:
-    """2 for what the user can mend, 1 for a run that failed by itself, None for all else."""
-    from torchrec_pt.distributed import LostWorkerError
-
-    if isinstance(error, ValueError | OSError):
-        return 2
-    if isinstance(error, LostWorkerError):
-        return None  # Ray Train starts the workers again
-    return 1 if type(error).__module__.startswith("torchrec_pt") else None
-
-
-def flat_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """task/model/metric -> value, as Ray Train reports metrics."""
-    return {
-        f"{task}/{model}/{metric}": value
-        for task, result in evaluation.items()
-        for model, metrics in result.metrics.items()
-        for metric, value in metrics.items()
-    }
-
-
 def _enter(work: Work, num_node_workers: int) -> None:
     import torch
 
@@ -268,6 +163,10 @@ def _require_shared(given: StageWork, rank: int) -> None:
             )
     if rank == 0:
         mark.unlink(missing_ok=True)
+
+
+def _here() -> dict[str, Any]:
+    return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
 
 
 def _num_node_cpus() -> int:

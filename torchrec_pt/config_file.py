@@ -87,6 +87,18 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(_explain(error, RunConfig)) from None
 
 
+def resolved(raw: Mapping[str, Any]) -> RunConfig:
+    """A configuration as `RunConfig.model_dump` gives it.
+
+    Raises:
+        ConfigError: it is of another version of torchrec_pt, or was changed.
+    """
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, RunConfig)) from None
+
+
 def _check_space(config: RunConfig) -> None:
     """Each value that a search may try fits its key, the rest being as it stands."""
     if config.tune is None:
