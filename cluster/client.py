@@ -26,6 +26,12 @@ from torchrec_pt.files import refused
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+QUIET = (
+    "ray.dashboard.modules.job.sdk",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+)
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -58,8 +64,8 @@ def connect(address: str | None) -> JobSubmissionClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    for module in ("job.sdk", "dashboard_sdk"):  # each sets its own level to INFO
-        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+    for module in QUIET:  # each sets its own level to INFO
+        logging.getLogger(module).setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except AuthenticationError:
