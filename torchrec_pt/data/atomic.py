@@ -75,3 +75,20 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
         raise DataError(cannot_write(out, error)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """Where a folder beside `out` may be made for work in progress; it goes away with the block.
+
+    Raises:
+        DataError: instead of an OSError (no space, no permission).
+    """
+    scratch = out.with_name(f".{out.name}.scratch")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        yield scratch
+    except OSError as error:
+        raise DataError(cannot_write(out, error)) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -72,7 +72,15 @@ def _feature_column(feature: Feature) -> Column:
 
 
 def typed_all(parts: list[Part], columns: list[Column]) -> pl.LazyFrame:
-    return pl.concat([_typed(part, columns) for part in parts], how="vertical_relaxed")
+    return pl.concat(typed_each(parts, columns))
+
+
+def typed_each(parts: list[Part], columns: list[Column]) -> list[pl.LazyFrame]:
+    """Each part under our names, all of one schema, after a pass that checks them."""
+    frames = [_typed(part, columns) for part in parts]
+    empty = [frame.collect_schema().to_frame() for frame in frames]
+    common = pl.concat(empty, how="vertical_relaxed").schema
+    return [frame.cast(common) for frame in frames]
 
 
 def _typed(part: Part, columns: list[Column]) -> pl.LazyFrame:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import polars as pl
 
@@ -11,7 +10,7 @@ from torchrec_pt.config import Feature
 from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.manifest import FeatureSummary
 
-_NO_VOCABULARY = pl.DataFrame(
+NO_VOCABULARY = pl.DataFrame(
     schema={"of": pl.String, "column": pl.String, "value": pl.String, "id": pl.Int32}
 )
 
@@ -27,38 +26,27 @@ def join_features(entities: pl.DataFrame, features: pl.LazyFrame | None) -> pl.D
     )
 
 
-def describe_features(
-    features: tuple[Feature, ...],
-    tables: Mapping[str, pl.DataFrame],
-    in_training: Mapping[str, pl.Series],
-) -> tuple[dict[str, pl.DataFrame], tuple[FeatureSummary, ...], pl.DataFrame]:
-    """Bring features to their types and describe those of training.
+def describe_feature(
+    feature: Feature, column: pl.Series, in_training: pl.Series
+) -> tuple[FeatureSummary, pl.DataFrame]:
+    """What training says about a feature, and its vocabulary (of, column, value, id), or none.
 
     Args:
-        tables: by what a feature is of: "user", "item", "interaction".
-        in_training: which rows of each table statistics and vocabularies may see.
-    Returns:
-        The tables, the summaries, and all vocabularies as (of, column, value, id).
+        column: as `typed_feature` leaves it.
+        in_training: which rows of it statistics and vocabularies may see.
     Raises:
         DataError: vectors that are not numbers or not of one length.
     """
-    typed = dict(tables)
-    summaries: list[FeatureSummary] = []
-    vocabularies = [_NO_VOCABULARY]
-    for feature in features:
-        table = typed[feature.of] = _typed_feature(typed[feature.of], feature)
-        seen = table.filter(in_training[feature.of])[feature.column].drop_nulls()
-        vocabulary = _vocabulary(seen, feature) if feature.kind == "categorical" else None
-        if vocabulary is not None:
-            vocabularies.append(vocabulary)
-        summaries.append(_summarize(seen, feature, table, vocabulary))
-    return typed, tuple(summaries), pl.concat(vocabularies)
+    if feature.kind == "vector":
+        _check_vectors(column.drop_nulls(), feature)
+    seen = column.filter(in_training).drop_nulls()
+    vocabulary = _vocabulary(seen, feature) if feature.kind == "categorical" else NO_VOCABULARY
+    return _summarize(seen, feature, column, vocabulary), vocabulary
 
 
-def _typed_feature(table: pl.DataFrame, feature: Feature) -> pl.DataFrame:
+def typed_feature(table: pl.DataFrame, feature: Feature) -> pl.DataFrame:
     """Bring a feature column to the type of its kind; cells stay null where nothing is given."""
     cell, dtype = pl.col(feature.column), table.schema[feature.column]
-    where = f"data.features: {feature.of} {feature.column}"
     many = isinstance(dtype, pl.List | pl.Array)
     if feature.kind != "vector" and many:
         cell = cell.cast(pl.List(pl.String))
@@ -73,18 +61,18 @@ def _typed_feature(table: pl.DataFrame, feature: Feature) -> pl.DataFrame:
             if feature.separator and not many:
                 cell, many = cell.str.split(feature.separator), True
             if not many:
-                raise DataError(f"{where}: a vector is several numbers; set its separator")
+                raise DataError(
+                    f"{_where(feature)}: a vector is several numbers; set its separator"
+                )
             numbers = cell.list.eval(
                 pl.element().str.strip_chars() if dtype == pl.String else pl.element()
             )
             cell = numbers.cast(pl.List(pl.Float32), strict=False)
-    table = table.with_columns(cell.alias(feature.column))
-    if feature.kind == "vector":
-        _check_vectors(table[feature.column].drop_nulls(), where)
-    return table
+    return table.with_columns(cell.alias(feature.column))
 
 
-def _check_vectors(vectors: pl.Series, where: str) -> None:
+def _check_vectors(vectors: pl.Series, feature: Feature) -> None:
+    where = _where(feature)
     lengths = vectors.list.len().unique().sort()
     if len(lengths) > 1:
         raise DataError(
@@ -113,23 +101,27 @@ def _vocabulary(seen: pl.Series, feature: Feature) -> pl.DataFrame:
 
 
 def _summarize(
-    seen: pl.Series, feature: Feature, table: pl.DataFrame, vocabulary: pl.DataFrame | None
+    seen: pl.Series, feature: Feature, column: pl.Series, vocabulary: pl.DataFrame
 ) -> FeatureSummary:
     if feature.kind == "numeric":
-        values = seen.cast(pl.Float64)
+        values = seen.cast(pl.Float64).rechunk()  # a sum over chunks is rounded otherwise
         mean = float(values.mean() or 0.0)  # type: ignore[arg-type]
         std = float(values.std(ddof=0) or 1.0)  # type: ignore[arg-type]
         return FeatureSummary(feature=feature, mean=mean, std=std)
     if feature.kind == "vector":
-        vectors = table[feature.column].drop_nulls()
+        vectors = column.drop_nulls()
         dim = len(vectors[0]) if len(vectors) else None
         return FeatureSummary(feature=feature, dim=dim, scale=_scale(seen))
-    if vocabulary is not None:
+    if feature.kind == "categorical":
         return FeatureSummary(feature=feature, num_values=vocabulary.height + 1)
     return FeatureSummary(feature=feature)
 
 
 def _scale(vectors: pl.Series) -> float:
     """Root mean square of their norms; 1 where that is none or 0."""
-    squares = vectors.explode().cast(pl.Float64).pow(2).sum()
+    squares = vectors.explode().rechunk().cast(pl.Float64).pow(2).sum()
     return math.sqrt(squares / len(vectors)) if squares else 1.0
+
+
+def _where(feature: Feature) -> str:
+    return f"data.features: {feature.of} {feature.column}"

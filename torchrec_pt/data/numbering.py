@@ -2,38 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import polars as pl
 
 from torchrec_pt.data.errors import DataError
 from torchrec_pt.data.splits import TRAIN, is_taken, time_order
 
 
-def renumber(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """Interactions with dense ids, and the users and items that these stand for.
+def entities(rows: pl.DataFrame, of: str) -> pl.DataFrame:
+    """The users or items of some rows, in any order.
 
     Returns:
-        The interactions, sorted by user, then time; then users in the order of their `row`, items
-        by descending `count`, ties in the order of `row`, those that never train last. Both have
-        `external_id`, `count` (of training rows that are no mere impressions), `trains` (whether
-        there is a training row at all) and `row`, the first training row (else the first row), by
-        place in the raw files.
+        `external_id`; `count`, of training rows that are no mere impressions; `takes`, whether
+        there is one of them, and `trains`, whether there is a training row at all; `num_rows`;
+        `train_row` and `first_row`, the first training row, or null, and the first row, by place
+        in the raw files.
     """
-    users = _entities(rows, "user").sort(~pl.col("trains"), "row")
-    items = _entities(rows, "item").sort("count", "row", descending=[True, False])
-    for name, table in (("user", users), ("item", items)):
-        dense = table.select(
-            pl.col("external_id").alias(name),
-            pl.int_range(pl.len(), dtype=pl.Int32).alias("dense"),
+    trains, row = pl.col("split") == TRAIN, pl.col("row")
+    return rows.group_by(pl.col(of).alias("external_id")).agg(
+        count=(trains & is_taken(rows)).sum().cast(pl.Int64),
+        trains=trains.any(),
+        num_rows=pl.len().cast(pl.Int64),
+        train_row=row.filter(trains).min(),
+        first_row=row.min(),
+    )
+
+
+def merge_entities(tables: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """`entities` of all rows, from those of some each."""
+    return (
+        pl.concat(tables)
+        .group_by("external_id")
+        .agg(
+            pl.col("count", "num_rows").sum(),
+            pl.col("trains").any(),
+            pl.col("train_row", "first_row").min(),
         )
-        rows = rows.join(dense, on=name).drop(name).rename({"dense": name})
+    )
+
+
+def order_users(users: pl.DataFrame) -> pl.DataFrame:
+    """By dense id: in the order of their `row` (the first training row, else the first row), those
+    that never train last."""
+    return _with_row(users).sort(~pl.col("trains"), "row")
+
+
+def order_items(items: pl.DataFrame) -> pl.DataFrame:
+    """By dense id: by descending `count`, ties in the order of `row`."""
+    return _with_row(items).sort("count", "row", descending=[True, False])
+
+
+def _with_row(table: pl.DataFrame) -> pl.DataFrame:
+    row = pl.coalesce("train_row", "first_row").alias("row")
+    return table.with_columns(row).drop("train_row", "first_row")
+
+
+def dense_ids(external: pl.Series, name: str) -> pl.DataFrame:
+    """`name`: the external ids; `dense`: their rows."""
+    return pl.DataFrame({name: external}).with_columns(
+        pl.int_range(pl.len(), dtype=pl.Int32).alias("dense")
+    )
+
+
+def renumber(rows: pl.DataFrame, dense: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    """Rows with dense ids in place of external ones, sorted by user, then time.
+
+    Args:
+        dense: of "user" and "item" what `dense_ids` gives; those of other rows may be there, too.
+    """
+    for name in ("user", "item"):
+        rows = rows.join(dense[name], on=name).drop(name).rename({"dense": name})
     rows = rows.sort("user", *time_order(rows)).drop("row")
     order = ["user", "item", "timestamp", "rating", "label", "split"]
     known = [name for name in order if name in rows.columns]
-    return rows.select(*known, pl.exclude(known)), users, items
+    return rows.select(*known, pl.exclude(known))
 
 
 def append_unseen(items: pl.DataFrame, features: pl.LazyFrame | None) -> pl.DataFrame:
-    """After the items of `renumber`: those that `RawData.items` has beside them, in its order.
+    """After the items of `order_items`: those that `RawData.items` has beside them, in its order.
 
     Raises:
         DataError: no file of items was read.
@@ -49,12 +96,3 @@ def append_unseen(items: pl.DataFrame, features: pl.LazyFrame | None) -> pl.Data
     )
     counted = unseen.with_columns(count=pl.lit(0, pl.Int64), trains=False)
     return pl.concat([items, counted.collect(engine="streaming")], how="diagonal")
-
-
-def _entities(rows: pl.DataFrame, of: str) -> pl.DataFrame:
-    trains, row = pl.col("split") == TRAIN, pl.col("row")
-    return rows.group_by(pl.col(of).alias("external_id")).agg(
-        count=(trains & is_taken(rows)).sum().cast(pl.Int64),
-        trains=trains.any(),
-        row=pl.coalesce(row.filter(trains).min(), row.min()),
-    )

@@ -6,7 +6,7 @@ the blocks of an evaluation) comes out the same for any number of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,24 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from torchrec_pt.data.manifest import Part
-from torchrec_pt.data.splits import TRAIN, is_taken
 
 # Both are divided by the usual numbers of ranks. A part has 512 users or more where it can.
 FEWEST_PARTS, MOST_PARTS = 12, 192
 USERS_PER_PART = 512
 
 
-def cut_parts(rows: pl.DataFrame) -> tuple[Part, ...]:
+def cut_parts(users: pl.DataFrame) -> tuple[Part, ...]:
     """Parts of equally many users: of those who train, then of those who do not.
 
     Args:
-        rows: interactions of dense users, who train if the ones after them do; sorted by user.
+        users: by dense id: `num_rows`, `trains`, and `count`, of what they took in training.
     """
-    users = rows.group_by("user", maintain_order=True).agg(
-        num_rows=pl.len(),
-        trains=(pl.col("split") == TRAIN).any(),
-        takes=((pl.col("split") == TRAIN) & is_taken(rows)).any(),
-    )
     num_training = int(users["trains"].sum())
     num_parts = FEWEST_PARTS
     while num_parts < MOST_PARTS and num_training >= 2 * num_parts * USERS_PER_PART:
@@ -43,7 +37,7 @@ def cut_parts(rows: pl.DataFrame) -> tuple[Part, ...]:
             num_users=part.height,
             num_rows=int(part["num_rows"].sum()),
             num_training=int(part["trains"].sum()),
-            num_taking=int(part["takes"].sum()),
+            num_taking=int((part["count"] > 0).sum()),
         )
         for some in (training, others)
         for part in _equal_cuts(some, num_parts)
@@ -56,15 +50,30 @@ def _equal_cuts(users: pl.DataFrame, num_parts: int) -> list[pl.DataFrame]:
     return [users.slice(begin, end - begin) for begin, end in pairwise(ends)]
 
 
-def write_row_groups(path: Path, table: pl.DataFrame, heights: Sequence[int]) -> None:
-    """A Parquet file with one row group for each of `heights`, which sum to the table's."""
-    # Not by polars itself, which may call a full disk "Invalid thrift".
-    arrow = table.to_arrow()
-    with pq.ParquetWriter(path, arrow.schema, compression="zstd") as writer:
-        begin = 0
-        for height in heights:
-            writer.write_table(arrow.slice(begin, height), row_group_size=max(height, 1))
-            begin += height
+def write_row_groups(path: Path, groups: Iterable[pl.DataFrame]) -> None:
+    """A Parquet file with one row group for each of `groups`, of which there is at least one.
+
+    The file's bytes depend on the rows alone, however they lay in memory.
+    """
+    writer = None
+    try:
+        for group in groups:
+            # Not by polars itself, which may call a full disk "Invalid thrift".
+            table = group.rechunk().to_arrow()
+            if writer is None:
+                writer = pq.ParquetWriter(path, table.schema, compression="zstd")
+            writer.write_table(table, row_group_size=max(table.num_rows, 1))
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def cut(table: pl.DataFrame, heights: Iterable[int]) -> Iterator[pl.DataFrame]:
+    """Consecutive rows; `heights` sum to the table's."""
+    begin = 0
+    for height in heights:
+        yield table.slice(begin, height)
+        begin += height
 
 
 def read_row_groups(path: Path, groups: Sequence[int]) -> pl.DataFrame:

@@ -11,14 +11,18 @@ from pathlib import Path
 import polars as pl
 
 from torchrec_pt.config import DataConfig
-from torchrec_pt.data.atomic import exclusive, whole_or_nothing
+from torchrec_pt.data.atomic import exclusive, scratch_beside, whole_or_nothing
+from torchrec_pt.data.engine import Interactions, OpenInteractions
 from torchrec_pt.data.errors import DataError, reading
-from torchrec_pt.data.features import describe_features, join_features
-from torchrec_pt.data.filters import apply_filters
+from torchrec_pt.data.features import (
+    NO_VOCABULARY,
+    describe_feature,
+    join_features,
+    typed_feature,
+)
 from torchrec_pt.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    Dropped,
     FeatureSummary,
     FormatVersionError,
     Manifest,
@@ -26,17 +30,16 @@ from torchrec_pt.data.manifest import (
     Source,
     load_manifest,
 )
-from torchrec_pt.data.numbering import append_unseen, renumber
-from torchrec_pt.data.parts import cut_parts, write_row_groups
+from torchrec_pt.data.numbering import append_unseen, order_items, order_users
+from torchrec_pt.data.parts import cut, cut_parts, write_row_groups
+from torchrec_pt.data.polars_engine import PolarsInteractions
 from torchrec_pt.data.readers import RawData, read_raw
 from torchrec_pt.data.sources import find_sources
 from torchrec_pt.data.splits import (
     TEST,
     TRAIN,
     VALID,
-    assign_splits,
     fewest_to_evaluate,
-    is_taken,
 )
 from torchrec_pt.data.text_encoder import Encode, TextEncoder, find_encoders, load_encoder
 from torchrec_pt.data.text_vectors import write_text_vectors
@@ -45,7 +48,12 @@ from torchrec_pt.files import sha256
 _ITEMS_PER_GROUP = 4096  # of their texts' vectors, which are written a row group at a time
 
 
-def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
+def prepare(
+    config: DataConfig,
+    out: Path,
+    seed: int,
+    open_interactions: OpenInteractions = PolarsInteractions,
+) -> Manifest:
     """Write the prepared dataset of a `data` section into the folder `out`.
 
     The folder appears whole or not at all, with manifest.json and
@@ -70,6 +78,7 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
 
     Args:
         seed: of a random split.
+        open_interactions: who works on the interactions; the dataset does not depend on it.
     Raises:
         DataError: bad raw data, nothing left to train on, `out` is something else, another
             process is preparing it, a full disk, an encoder that is not there.
@@ -84,19 +93,22 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
         if kept := _existing(out, fingerprint):  # written since we looked
             return kept
         loaded = [(encoder, load_encoder(encoder)) for encoder in encoders]
-        tables, summaries, dropped = _build_tables(config, read_raw(config), seed)
-        with whole_or_nothing(out) as folder:
-            rows = tables["interactions.parquet"]
-            parts = cut_parts(rows)
-            heights = {
-                "users.parquet": [part.num_users for part in parts],
-                "interactions.parquet": [part.num_rows for part in parts],
-            }
+        raw = read_raw(config)
+        with whole_or_nothing(out) as folder, scratch_beside(out) as scratch:
+            rows = open_interactions(config, raw, scratch)
+            dropped = rows.filter(config.filters)
+            counts = rows.split(config.split, seed)
+            users, items = _entities(config, rows, raw)
+            parts = cut_parts(users)
+            of_rows = [feature for feature in config.features if feature.of == "interaction"]
+            rows.number(users, items, parts, of_rows)
+            tables, summaries = _describe_features(config, raw, rows, users, items)
+            rows.write(folder / "interactions.parquet", parts)
+            heights = {"users.parquet": [part.num_users for part in parts]}
             for name, table in tables.items():
-                write_row_groups(folder / name, table, heights.get(name, [table.height]))
+                write_row_groups(folder / name, cut(table, heights.get(name, [table.height])))
             summaries = _encode_texts(folder, tables, parts, summaries, loaded)
-            split, num_of_user = rows["split"], rows.group_by("user").len()["len"]
-            taken = rows.filter(is_taken(rows))
+            short = users["num_rows"] < fewest_to_evaluate(config.split)
             manifest = Manifest(
                 format_version=FORMAT_VERSION,
                 fingerprint=fingerprint,
@@ -105,15 +117,15 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
                 features=summaries,
                 num_users=tables["users.parquet"].height,
                 num_items=tables["items.parquet"].height,
-                num_interactions=split.len(),
-                num_train=int((split == TRAIN).sum()),
-                num_valid=int((split == VALID).sum()),
-                num_test=int((split == TEST).sum()),
-                num_taken_valid=int((taken["split"] == VALID).sum()),
-                num_taken_test=int((taken["split"] == TEST).sum()),
-                num_impressions=rows.height - taken.height,
-                num_repeats=taken.height - taken.select("user", "item").n_unique(),
-                num_short_users=int((num_of_user < fewest_to_evaluate(config.split)).sum()),
+                num_interactions=sum(counts.num_rows),
+                num_train=counts.num_rows[TRAIN],
+                num_valid=counts.num_rows[VALID],
+                num_test=counts.num_rows[TEST],
+                num_taken_valid=counts.num_taken[VALID],
+                num_taken_test=counts.num_taken[TEST],
+                num_impressions=sum(counts.num_rows) - sum(counts.num_taken),
+                num_repeats=counts.num_repeats,
+                num_short_users=int(short.sum()),
                 split=config.split,
                 filters=config.filters,
                 dropped=dropped,
@@ -127,38 +139,54 @@ def prepare(config: DataConfig, out: Path, seed: int) -> Manifest:
     return manifest
 
 
-def _build_tables(
-    config: DataConfig, raw: RawData, seed: int
-) -> tuple[dict[str, pl.DataFrame], tuple[FeatureSummary, ...], Dropped]:
-    """The content of each parquet file, by name."""
-    with reading(config.path, raw.sources):
-        interactions = raw.interactions.collect(engine="streaming")
-    interactions, dropped = apply_filters(interactions, config.filters)
-    interactions = assign_splits(interactions, config.split, seed)
-    interactions, users, items = renumber(interactions)
+def _entities(
+    config: DataConfig, rows: Interactions, raw: RawData
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Users and items by dense id, as `numbering.entities` describes them."""
+    users, items = rows.entities()
+    users, items = order_users(users), order_items(items)
     if not items["count"].sum():
         raise DataError(
             "data.columns.label: no training row has a label above 0, so nothing was taken; name "
             "the column that tells clicks from impressions, or change the split"
         )
-    with reading(config.path, raw.sources):
-        if config.keep_unseen_items:
+    if config.keep_unseen_items:
+        with reading(config.path, raw.sources):
             items = append_unseen(items, raw.items)
-        trains = {"user": users["trains"], "item": items["trains"]}
-        users, items = users.drop("trains"), items.drop("trains")
-        users, items = join_features(users, raw.users), join_features(items, raw.items)
-    tables, summaries, vocabulary = describe_features(
-        config.features,
-        {"user": users, "item": items, "interaction": interactions},
-        in_training={**trains, "interaction": interactions["split"] == TRAIN},
-    )
+    return users, items
+
+
+def _describe_features(
+    config: DataConfig,
+    raw: RawData,
+    rows: Interactions,
+    users: pl.DataFrame,
+    items: pl.DataFrame,
+) -> tuple[dict[str, pl.DataFrame], tuple[FeatureSummary, ...]]:
+    """The content of each Parquet file but the interactions', by name, and all summaries."""
+    with reading(config.path, raw.sources):
+        tables = {
+            "user": join_features(users.drop("trains", "num_rows"), raw.users),
+            "item": join_features(items.drop("trains", "num_rows"), raw.items),
+        }
+    in_training = {"user": users["trains"], "item": items["trains"]}
+    summaries, vocabularies = [], [NO_VOCABULARY]
+    for feature in config.features:
+        if feature.of == "interaction":
+            # One column at a time: the rows may not fit into memory.
+            column, trains = rows.column(feature.column), rows.column("split") == TRAIN
+        else:
+            tables[feature.of] = typed_feature(tables[feature.of], feature)
+            column, trains = tables[feature.of][feature.column], in_training[feature.of]
+        summary, vocabulary = describe_feature(feature, column, trains)
+        summaries.append(summary)
+        vocabularies.append(vocabulary)
     files = {
         "users.parquet": tables["user"].drop("count", "row"),
         "items.parquet": tables["item"].drop("row"),
-        "interactions.parquet": tables["interaction"],
-        "vocabulary.parquet": vocabulary,
+        "vocabulary.parquet": pl.concat(vocabularies),
     }
-    return files, summaries, dropped
+    return files, tuple(summaries)
 
 
 def _encode_texts(

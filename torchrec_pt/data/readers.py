@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
 import polars as pl
 
 from torchrec_pt.config import DataConfig
-from torchrec_pt.data.columns import feature_columns, id_column, interaction_columns, typed_all
+from torchrec_pt.data.columns import (
+    feature_columns,
+    id_column,
+    interaction_columns,
+    typed_all,
+    typed_each,
+)
 from torchrec_pt.data.errors import DataError, reading, shown
 from torchrec_pt.data.formats.delimited import open_delimited
 from torchrec_pt.data.formats.movielens import open_movielens, open_movielens_side
@@ -25,9 +32,11 @@ class RawData:
     """Raw data under our names, checked, and lazy.
 
     Attributes:
-        interactions: `row` (position over all files), `user`, `item` (Int64 or String) and, where
-            the config names them, `timestamp` (Float64), `rating`, `label` (Float32), `split`
-            (String), then interaction features by their own names.
+        files: the interactions, file by file and of one schema: `row` (position over all files),
+            `user`, `item` (Int64 or String) and, where the config names them, `timestamp`
+            (Float64), `rating`, `label` (Float32), `split` (String), then interaction features by
+            their own names.
+        num_rows: of all files together.
         users, items: feature columns, and what they belong to: `external_id`, without duplicates,
             where they come from a side file; `row` where they come from the interactions. None
             where no such feature is configured. Numeric features are Float32; the others are as
@@ -35,10 +44,16 @@ class RawData:
         sources: every file that is read, sorted.
     """
 
-    interactions: pl.LazyFrame
+    files: tuple[pl.LazyFrame, ...]
+    num_rows: int
     users: pl.LazyFrame | None
     items: pl.LazyFrame | None
     sources: tuple[Path, ...]
+
+    @property
+    def interactions(self) -> pl.LazyFrame:
+        """Of all files, one after the other."""
+        return pl.concat(self.files)
 
 
 def read_raw(config: DataConfig) -> RawData:
@@ -53,14 +68,19 @@ def read_raw(config: DataConfig) -> RawData:
     """
     sources = find_sources(config)
     parts = [_open(config, path) for path in sources.interactions]
-    interactions = typed_all(parts, interaction_columns(config))
-    if not interactions.select(pl.len()).collect(engine="streaming").item():
+    files = typed_each(parts, interaction_columns(config))
+    heights = [file.select(pl.len()).collect(engine="streaming").item() for file in files]
+    if not sum(heights):
         raise DataError(f"{config.path}: must hold interactions, has none; check data.path")
     users = _entities(config, "user", parts, sources.users)
     items = _entities(config, "item", parts, sources.items)
-    interactions, users = _unify_ids(interactions, "user", users)
-    interactions, items = _unify_ids(interactions, "item", items)
-    return RawData(interactions.with_row_index("row"), users, items, sources.files)
+    files, users = _unify_ids(files, "user", users)
+    files, items = _unify_ids(files, "item", items)
+    begins = accumulate(heights, initial=0)
+    numbered = tuple(
+        file.with_row_index("row", offset=begin) for file, begin in zip(files, begins, strict=False)
+    )
+    return RawData(numbered, sum(heights), users, items, sources.files)
 
 
 def _open(config: DataConfig, path: Path) -> Part:
@@ -111,18 +131,17 @@ def _entities(
 
 
 def _unify_ids(
-    interactions: pl.LazyFrame, of: Literal["user", "item"], entities: pl.LazyFrame | None
-) -> tuple[pl.LazyFrame, pl.LazyFrame | None]:
-    """Cast the ids of both frames to Int64 where that loses nothing ("007" would), else String."""
-    if entities is None or "external_id" not in entities.collect_schema():
-        dtype = pl.Int64 if _are_integers(interactions, of) else pl.String
-        return interactions.with_columns(pl.col(of).cast(dtype)), entities
-    integers = _are_integers(interactions, of) and _are_integers(entities, "external_id")
+    files: list[pl.LazyFrame], of: Literal["user", "item"], entities: pl.LazyFrame | None
+) -> tuple[list[pl.LazyFrame], pl.LazyFrame | None]:
+    """Cast the ids of all frames to Int64 where that loses nothing ("007" would), else String."""
+    integers = all(_are_integers(file, of) for file in files)
+    has_ids = entities is not None and "external_id" in entities.collect_schema()
+    if entities is not None and has_ids:
+        integers = integers and _are_integers(entities, "external_id")
     dtype = pl.Int64 if integers else pl.String
-    return (
-        interactions.with_columns(pl.col(of).cast(dtype)),
-        entities.with_columns(pl.col("external_id").cast(dtype)),
-    )
+    if entities is not None and has_ids:
+        entities = entities.with_columns(pl.col("external_id").cast(dtype))
+    return [file.with_columns(pl.col(of).cast(dtype)) for file in files], entities
 
 
 def _are_integers(frame: pl.LazyFrame, name: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -13,6 +15,19 @@ from torchrec_pt.data.errors import DataError, shown
 TRAIN, VALID, TEST = 0, 1, 2
 SPLIT_CODES = {"train": TRAIN, "valid": VALID, "test": TEST}
 _SLACK = 1e-9  # 0.29 * 100 is 28.999999999999996
+
+
+class RowCounts(NamedTuple):
+    """Of (training, validation, test).
+
+    Attributes:
+        num_taken: rows that are no mere impressions.
+        num_repeats: of these, over all splits, those of an item that the user took before.
+    """
+
+    num_rows: tuple[int, ...]
+    num_taken: tuple[int, ...]
+    num_repeats: int
 
 
 def time_order(interactions: pl.DataFrame) -> list[str]:
@@ -27,8 +42,33 @@ def is_taken(rows: pl.DataFrame) -> pl.Expr:
 
 
 def assign_splits(rows: pl.DataFrame, split: Split, seed: int) -> pl.DataFrame:
-    """Set the column `split` (Int8), by rows in the order of the files or of time."""
+    """Set the column `split` (Int8), by rows in the order of the files or of time.
+
+    Raises:
+        DataError: a rule that the columns do not allow, or that leaves nothing to train on.
+    """
+    check_split(split, rows.columns)
     rows = rows.sort("user", *time_order(rows))
+    if unknown := unknown_splits(rows, split):
+        raise unknown_split(*unknown)
+    draw = None
+    if is_drawn(split):
+        # Drawn in the order of the files, so that it does not depend on the sort above.
+        rows = rows.sort("row")
+        draw = draw_places(rows.height, seed)
+    rows = split_rows(rows, split, draw, rows.height)
+    check_training(split, int((rows["split"] == TRAIN).sum()), rows.height)
+    return rows
+
+
+def split_rows(
+    rows: pl.DataFrame, split: Split, draw: pl.Series | None, num_rows: int
+) -> pl.DataFrame:
+    """`assign_splits` for all rows of some users, sorted by user, then time; nothing is checked.
+
+    Args:
+        draw: where `is_drawn`, the place of each row in a random order of all `num_rows`.
+    """
     position, length = pl.int_range(pl.len()).over("user"), pl.len().over("user")
     match split:
         case LeaveOneOutSplit():
@@ -36,27 +76,66 @@ def assign_splits(rows: pl.DataFrame, split: Split, seed: int) -> pl.DataFrame:
             valid, test = from_end == 1, from_end == 0
             code = pl.when(length < 3).then(TRAIN).otherwise(_code(valid, test))
         case TemporalSplit():
-            if "timestamp" not in rows.columns:
-                raise DataError(
-                    "data.split: temporal needs times, data.columns.timestamp is not set; set it"
-                )
             time = pl.col("timestamp")
             code = _code(time >= split.valid_from, time >= split.test_from)
         case RatioSplit(over="user"):
             code = _ratio_code(position, length, split)
         case RatioSplit():
-            # Drawn in the order of the files, so that it does not depend on the sort above.
-            rows = rows.sort("row")
-            draw = np.random.default_rng(seed).permutation(rows.height)
-            code = _ratio_code(pl.lit(pl.Series(draw)), pl.len(), split)
+            code = _ratio_code(pl.lit(draw), pl.lit(num_rows, pl.UInt32), split)
         case GivenSplit():
-            code = _given_code(rows)
-    rows = rows.with_columns(code.cast(pl.Int8).alias("split"))
-    if not (rows["split"] == TRAIN).any():
+            code = pl.col("split").cast(pl.String).replace_strict(SPLIT_CODES)
+    return rows.with_columns(code.cast(pl.Int8).alias("split"))
+
+
+def is_drawn(split: Split) -> bool:
+    """Whether a row's split depends on the number of all rows and a random order of them."""
+    return isinstance(split, RatioSplit) and split.over == "all"
+
+
+def draw_places(num_rows: int, seed: int) -> pl.Series:
+    return pl.Series(np.random.default_rng(seed).permutation(num_rows))
+
+
+def check_split(split: Split, columns: Sequence[str]) -> None:
+    if isinstance(split, TemporalSplit) and "timestamp" not in columns:
         raise DataError(
-            f"data.split: {split.rule} leaves no training row of {rows.height}; change the split"
+            "data.split: temporal needs times, data.columns.timestamp is not set; set it"
         )
-    return rows
+    if isinstance(split, GivenSplit) and "split" not in columns:
+        raise DataError("data.split: given needs a column, data.columns.split is not set; set it")
+
+
+def unknown_splits(rows: pl.DataFrame, split: Split) -> tuple[str, int] | None:
+    """Where a column gives the splits: the first cell that is none, and how many are."""
+    if not isinstance(split, GivenSplit):
+        return None
+    names = rows["split"].cast(pl.String)
+    unknown = names.filter(~names.is_in(list(SPLIT_CODES)).fill_null(False))
+    return (unknown[0] or "", len(unknown)) if len(unknown) else None
+
+
+def unknown_split(cell: str, num_rows: int) -> DataError:
+    return DataError(
+        f'data.columns.split: cells must be "train", "valid" or "test", found "{shown(cell)}" in '
+        f"{num_rows} rows; rename or drop them"
+    )
+
+
+def check_training(split: Split, num_train: int, num_rows: int) -> None:
+    if not num_train:
+        raise DataError(
+            f"data.split: {split.rule} leaves no training row of {num_rows}; change the split"
+        )
+
+
+def count_rows(rows: pl.DataFrame) -> RowCounts:
+    """Of rows with a `split`: all of each of their users."""
+    taken = rows.filter(is_taken(rows))
+    return RowCounts(
+        tuple(int((rows["split"] == code).sum()) for code in (TRAIN, VALID, TEST)),
+        tuple(int((taken["split"] == code).sum()) for code in (TRAIN, VALID, TEST)),
+        taken.height - taken.select("user", "item").n_unique(),
+    )
 
 
 def fewest_to_evaluate(split: Split) -> int:
@@ -82,16 +161,3 @@ def _ratio_code(position: pl.Expr, length: pl.Expr, split: RatioSplit) -> pl.Exp
     num_test = (length * split.test + _SLACK).floor()
     num_valid = (length * split.valid + _SLACK).floor()
     return _code(position >= length - num_test - num_valid, position >= length - num_test)
-
-
-def _given_code(rows: pl.DataFrame) -> pl.Expr:
-    if "split" not in rows.columns:
-        raise DataError("data.split: given needs a column, data.columns.split is not set; set it")
-    name = pl.col("split").cast(pl.String)
-    unknown = rows.filter(~name.is_in(list(SPLIT_CODES)).fill_null(False))
-    if unknown.height:
-        raise DataError(
-            f'data.columns.split: cells must be "train", "valid" or "test", found '
-            f'"{shown(unknown["split"][0] or "")}" in {unknown.height} rows; rename or drop them'
-        )
-    return name.replace_strict(SPLIT_CODES)
