@@ -56,6 +56,9 @@ ENVIRONMENT = {
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
+    # Ray Train may ask for as many workers as before while a node is not missed yet; so long it
+    # waits for them (a minute otherwise) until it asks again.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     "PYTHONPATH": str(ROOT),
 }
