@@ -1,4 +1,4 @@
-"""Twenty kills at random moments, and a cut between two networks: minutes each (make soak)."""
+"""Twenty kills at random moments, a lost head, a cut between two networks: minutes (make soak)."""
 
 from __future__ import annotations
 
@@ -67,6 +67,33 @@ def test_twenty_kills_at_random_moments_leave_every_run_as_it_would_have_been(
             assert faults.metrics(job.run_dir) == expected, f"run {number}, {kind} killed"
         assert sum(killed.values()) >= 20
         assert all(killed.values())
+
+
+@pytest.mark.soak
+def test_a_run_whose_whole_cluster_is_lost_goes_on_on_another(
+    tmp_path: Path, cycle_folder: Path
+) -> None:
+    config = faults.write_config(tmp_path, cycle_folder / "log.tsv", epochs=EPOCHS)
+    run_dir = tmp_path / "run"
+    with (
+        faults.cluster_of(num_workers=2) as cluster,
+        Submitted(config, cluster.dashboard) as job,
+    ):
+        job.wait_for_step(4)
+        # They rest, so that the run is not over before the head and all that Ray knew is gone.
+        for worker in faults.train_workers(*(node.process.pid for node in cluster.workers)):
+            worker.send_signal(signal.SIGSTOP)
+        cluster.kill(cluster.head)
+    with (
+        faults.cluster_of(num_workers=2) as cluster,
+        Submitted(config, cluster.dashboard) as again,
+    ):
+        assert again.end() == 0, again.output
+        assert "pretrain: resumed at epoch" in again.output
+    assert faults.metrics(run_dir) == {
+        model: pytest.approx(values, **SAME)
+        for model, values in faults.undisturbed(config, workers=2).items()
+    }
 
 
 # --- two networks -------------------------------------------------------------------------------
