@@ -20,6 +20,7 @@ from rich.console import Console
 from cluster.job_file import JobFile
 from cluster.nodes import ENVIRONMENT, LocalCluster
 from cluster.observer import SCORE
+from cluster.storage import Storage
 from tests.conftest import tiny_config
 from torchrec_pt import pipeline
 from torchrec_pt.config import RunConfig
@@ -49,10 +50,12 @@ def _environment(cluster: LocalCluster) -> dict[str, str]:
     return {**os.environ, **ENVIRONMENT, **path, "RAY_ADDRESS": cluster.address}
 
 
-def _begin(cluster: LocalCluster, config: RunConfig, workers: int) -> subprocess.Popen[str]:
+def _begin(
+    cluster: LocalCluster, config: RunConfig, workers: int, **options: Any
+) -> subprocess.Popen[str]:
     """The driver of a job, as the Jobs API would start it."""
     path = config.run_dir.parent / "job.json"
-    asked = {"config": config.model_dump(mode="json"), "max_failures": 1}
+    asked = {"config": config.model_dump(mode="json"), "max_failures": 1, **options}
     job = JobFile(name="demo", min_workers=workers, max_workers=workers, **asked)
     path.write_text(job.model_dump_json())
     return subprocess.Popen(
@@ -86,6 +89,7 @@ def _wait_for(found: Callable[[], Any], driver: subprocess.Popen[str]) -> Any:
     return value
 
 
+@pytest.mark.filterwarnings("ignore:The `parse_obj` method:DeprecationWarning")  # Ray's own
 def test_tasks_train_side_by_side_and_one_that_fails_leaves_the_others_done(
     cluster: LocalCluster, folder: Path
 ) -> None:
@@ -93,7 +97,8 @@ def test_tasks_train_side_by_side_and_one_that_fails_leaves_the_others_done(
     plain = tiny_config(folder, pretrain=PRETRAIN, finetune=tasks, run_dir=folder / "plain")
     # No interaction is labelled a click.
     config = tiny_config(folder, pretrain=PRETRAIN, finetune={**tasks, "ctr": TRAINING})
-    job = _ended(_begin(cluster, config, workers=1))
+    (folder / "kept").mkdir()
+    job = _ended(_begin(cluster, config, workers=1, storage=str(folder / "kept")))
     assert job.returncode == 1, job.stderr
     for line in (
         "1 worker on CPUs; dashboard: http://127.0.0.1:",
@@ -110,14 +115,18 @@ def test_tasks_train_side_by_side_and_one_that_fails_leaves_the_others_done(
     assert job.stderr.count("\n") == 1
 
     pipeline.run(plain)
+    # Another node would find all of it.
+    Storage.open(str(folder / "kept"), "demo").fetch(folder / "elsewhere")
     for path in ("evaluate/result.json", "prepared/manifest.json"):
-        assert (folder / "run" / path).read_bytes() == (folder / "plain" / path).read_bytes()
+        expected = (folder / "plain" / path).read_bytes()
+        assert (folder / "run" / path).read_bytes() == expected
+        assert (folder / "elsewhere" / path).read_bytes() == expected
     for stage in ("pretrain", "finetune/ranking/scratch", "finetune/rating/pretrained"):
-        done, expected = (
-            json.loads((run / stage / "result.json").read_text())
-            for run in (folder / "run", folder / "plain")
-        )
-        assert {**done, "seconds": 0} == {**expected, "seconds": 0}
+        values = [
+            {**json.loads((folder / run / stage / "result.json").read_text()), "seconds": 0}
+            for run in ("plain", "run", "elsewhere")
+        ]
+        assert values[1:] == values[:1] * 2
 
     said = Console(file=io.StringIO(), soft_wrap=True)
     pipeline.pretrain(config, said)
@@ -129,12 +138,12 @@ def test_tasks_train_side_by_side_and_one_that_fails_leaves_the_others_done(
     assert [one["event"] for events in seen for one in events] == ["begun", "ended"] * 3
     assert max(begun["time"] for begun, _ in seen) < min(ended["time"] for _, ended in seen)
     assert [ended["state"] for _, ended in seen] == ["failed", "done", "done"]
-    _check_reports(folder / "run")
+    _check_reports(folder / "run", folder / "kept/demo/ray")
 
 
-def _check_reports(run_dir: Path) -> None:
-    """What Ray Train knows of the stages, and what the log does."""
-    ranking = ray.train.Result.from_path(str(run_dir / "ray" / "finetune-ranking"))
+def _check_reports(run_dir: Path, of_ray: Path) -> None:
+    """What Ray Train knows of a stage, and what the log does."""
+    ranking = ray.train.Result.from_path(str(of_ray / "finetune-ranking"))
     best = json.loads((run_dir / "finetune/ranking/pretrained/result.json").read_text())
     assert ranking.metrics["valid/ndcg@10"] == best["metrics"]["ndcg@10"]
     assert ranking.metrics[SCORE] == best["metrics"]["ndcg@10"]
