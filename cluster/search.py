@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 from rich.console import Console
 
 from cluster.screen import last_line
-from cluster.work import Refused, Work, exit_code_of
+from cluster.work import Refused, Work, refused_or
 from torchrec_pt.config import RunConfig
-from torchrec_pt.files import refused
 
 if TYPE_CHECKING:
     from cluster.proposals import Proposals
@@ -36,18 +34,28 @@ EPOCH = "epoch"
 # ASHA lets one of so many trials go on at each rung (Li et al. 2020, "eta").
 REDUCTION_FACTOR = 3
 
-T = TypeVar("T")
-
 
 @ray.remote(num_cpus=0, max_retries=0)
-def search(work: Work, num_parallel: int, num_cpus: int, num_gpus: int) -> Found | Refused:
-    """The whole search.
+def search(work: Work, num_parallel: int, num_cpus: int, num_gpus: int) -> Refused | None:
+    """The whole search, and what it found on the screen.
 
     Args:
         num_parallel: trials at a time.
         num_cpus, num_gpus: of each.
     """
-    return _refused_or(lambda: _search(work, num_parallel, num_cpus, num_gpus))
+
+    def do() -> Refused | None:
+        from torchrec_pt.trials import print_trials
+
+        ended = _search(work, num_parallel, num_cpus, num_gpus)
+        if isinstance(ended, Refused):
+            return ended
+        console = _console(work)
+        print_trials(ended.trials, console)
+        console.print(f"The run with the best values: {ended.best}", highlight=False)
+        return None
+
+    return refused_or(do)
 
 
 def _search(work: Work, num_parallel: int, num_cpus: int, num_gpus: int) -> Found | Refused:
@@ -126,7 +134,7 @@ def _begin(work: Work, num_threads: int) -> Refused | None:
         begin(work.config, _console(work))
 
     _enter(work, num_threads)
-    return _refused_or(begin)
+    return refused_or(begin)
 
 
 def _trial(given: dict[str, Any], work: Work, num_threads: int) -> None:
@@ -146,7 +154,7 @@ def _trial(given: dict[str, Any], work: Work, num_threads: int) -> None:
             report(Trial(number, values, "stopped", now.monitor, now.metrics, now.epoch))
 
     _enter(work, num_threads)
-    ended = _refused_or(lambda: run_trial(work.config, number, values, on_progress))
+    ended = refused_or(lambda: run_trial(work.config, number, values, on_progress))
     if isinstance(ended, Refused):
         tune.report({SCORE: float("-inf"), EPOCH: 0, "refused": dataclasses.asdict(ended)})
     else:
@@ -210,14 +218,3 @@ def _enter(work: Work, num_threads: int = 1) -> None:
 
 def _console(work: Work) -> Console:
     return Console(file=work.screen, soft_wrap=True, markup=False, emoji=False)
-
-
-def _refused_or(do: Callable[[], T]) -> T | Refused:
-    """A mistake of the user is returned; what nobody expected is raised."""
-    try:
-        return do()
-    except (ValueError, OSError, RuntimeError) as error:
-        code = exit_code_of(error)
-        if code is None:
-            raise
-        return Refused(refused(error) if isinstance(error, OSError) else str(error), code)

@@ -22,7 +22,7 @@ from cluster.resources import use_gpus
 from cluster.screen import screen_to
 from cluster.search import ENVIRONMENT, search
 from cluster.versions import check_versions, installed_versions
-from cluster.work import Refused, Work
+from cluster.work import Work
 from torchrec_pt.config import RunConfig
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -52,15 +52,10 @@ def entry(file: Annotated[Path, typer.Argument(metavar="search.json")]) -> None:
         begun = search.options(runtime_env={"env_vars": ENVIRONMENT}).remote(
             Work(config, asked.folder, screen), num_parallel, num_cpus, int(on_gpus)
         )
-        ended = ray.get(begun)
-    if isinstance(ended, Refused):
-        print(f"cluster.tune: {ended.message}", file=sys.stderr)
-        raise typer.Exit(ended.exit_code)
-
-    from torchrec_pt.trials import print_trials
-
-    print_trials(ended.trials, console)
-    console.print(f"The run with the best values: {ended.best}", highlight=False)
+        refused = ray.get(begun)
+    if refused is not None:
+        print(f"cluster.tune: {refused.message}", file=sys.stderr)
+        raise typer.Exit(refused.exit_code)
 
 
 def _shares(asked: SearchFile) -> tuple[int, int, bool]:

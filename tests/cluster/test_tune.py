@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +18,8 @@ from cluster.nodes import LocalCluster
 from cluster.packing import ROOT
 from cluster.proposals import SCORE, Proposals
 from tests.conftest import tiny_config
-from torchrec_pt import extension
 from torchrec_pt.config import RunConfig
 from torchrec_pt.config_file import load_config, with_values
-from torchrec_pt.ops import _C
 from torchrec_pt.trials import Trial
 
 CONFIG = """\
@@ -58,27 +53,11 @@ pretrain.learning_rate = {{ choices = [1e-7, 1e30] }}
 """
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """Two nodes with one CPU each, which have built the operators of these sources before."""
-    cache = tmp_path_factory.mktemp("cache")
-    device = "cuda" if shutil.which("nvcc") else "cpu"
-    built = cache / "torchrec_pt" / f"{extension.digest_of(ROOT)}-{device}" / "torchrec_pt"
-    built.mkdir(parents=True)
-    (built / f"_C{EXTENSION_SUFFIXES[0]}").symlink_to(str(_C.__file__))
-    environment = {
-        "XDG_CACHE_HOME": str(cache),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }
-    with LocalCluster(num_nodes=2, cpus_per_node=1, environment=environment) as nodes:
-        yield nodes
-
-
 def test_asha_stops_what_falls_behind_and_the_best_is_written_as_without_ray(
-    tmp_path: Path, cycle_folder: Path, cluster: LocalCluster
+    tmp_path: Path, cycle_folder: Path, two_nodes: LocalCluster
 ) -> None:
     def search(*arguments: str) -> subprocess.CompletedProcess[str]:
-        words = ["cluster.tune", str(config), "--address", cluster.dashboard, "--follow"]
+        words = ["cluster.tune", str(config), "--address", two_nodes.dashboard, "--follow"]
         return subprocess.run(
             [sys.executable, "-m", *words, *arguments],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -116,8 +95,8 @@ def test_asha_stops_what_falls_behind_and_the_best_is_written_as_without_ray(
     assert more.stdout.count(" of 5: ") == 2
     assert _written(tmp_path)[:3] == trials
     assert len(_written(tmp_path)) == 5
-    actors = list_actors(cluster.dashboard, filters=[("class_name", "=", "ImplicitFunc")])
-    assert {actor.node_id for actor in actors} == {cluster.head.id, cluster.workers[0].id}
+    actors = list_actors(two_nodes.dashboard, filters=[("class_name", "=", "ImplicitFunc")])
+    assert {actor.node_id for actor in actors} == {two_nodes.head.id, two_nodes.workers[0].id}
 
     refused = search("--set", f"data.path={tmp_path}/no.tsv")
     assert refused.returncode == 2

@@ -1,0 +1,33 @@
+"""One cluster for all tests that send jobs to one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+
+from cluster.nodes import LocalCluster
+from cluster.packing import ROOT
+from torchrec_pt import extension
+from torchrec_pt.ops import _C
+
+
+@pytest.fixture(scope="session")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """Two nodes with one CPU each, which have built the operators of these sources before."""
+    cache = tmp_path_factory.mktemp("cache")
+    device = "cuda" if shutil.which("nvcc") else "cpu"
+    built = cache / "torchrec_pt" / f"{extension.digest_of(ROOT)}-{device}" / "torchrec_pt"
+    built.mkdir(parents=True)
+    (built / f"_C{EXTENSION_SUFFIXES[0]}").symlink_to(str(_C.__file__))
+    environment = {
+        "XDG_CACHE_HOME": str(cache),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    with LocalCluster(num_nodes=2, cpus_per_node=1, environment=environment) as nodes:
+        yield nodes
