@@ -19,7 +19,7 @@ from torchrec_pt.data.splits import RowCounts
 
 
 class Interactions(Protocol):
-    """The interactions of a dataset; its methods are called once, in this order."""
+    """The interactions of a dataset; its methods are called in this order."""
 
     def filter(self, filters: Filters) -> Dropped:
         """Drop rows by rating, duplicates ("first" and "last" in time), then by the k-core.
@@ -36,7 +36,7 @@ class Interactions(Protocol):
         """
 
     def entities(self) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """Users and items, in any order: see `numbering.entities`; of users also `num_rows`."""
+        """Users and items, in any order: see `numbering.entities`."""
 
     def number(
         self,
@@ -53,12 +53,12 @@ class Interactions(Protocol):
             features: those of interactions.
         """
 
-    def column(self, name: str) -> pl.Series:
-        """One column, numbered and sorted."""
-
     def write(self, path: Path, parts: Sequence[Part]) -> None:
         """A Parquet file of the numbered rows, one row group for each part."""
 
+    def column(self, name: str) -> pl.Series:
+        """One column of what was written; called as often as there is use for one."""
 
-# The scratch folder is there until the dataset is whole; an engine that needs none leaves it.
+
+# The folder, which an engine may make for work in progress, goes away with the preparation.
 OpenInteractions = Callable[[DataConfig, RawData, Path], Interactions]

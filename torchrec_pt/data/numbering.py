@@ -14,10 +14,9 @@ def entities(rows: pl.DataFrame, of: str) -> pl.DataFrame:
     """The users or items of some rows, in any order.
 
     Returns:
-        `external_id`; `count`, of training rows that are no mere impressions; `takes`, whether
-        there is one of them, and `trains`, whether there is a training row at all; `num_rows`;
-        `train_row` and `first_row`, the first training row, or null, and the first row, by place
-        in the raw files.
+        `external_id`; `count`, of training rows that are no mere impressions; `trains`, whether
+        there is a training row at all; `num_rows`; `train_row` and `first_row`, the first training
+        row, or null, and the first row, by place in the raw files.
     """
     trains, row = pl.col("split") == TRAIN, pl.col("row")
     return rows.group_by(pl.col(of).alias("external_id")).agg(

@@ -52,8 +52,8 @@ class PolarsInteractions:
         for feature in features:
             self._rows = typed_feature(self._rows, feature)
 
-    def column(self, name: str) -> pl.Series:
-        return self._rows[name]
-
     def write(self, path: Path, parts: Sequence[Part]) -> None:
         write_row_groups(path, cut(self._rows, [part.num_rows for part in parts]))
+
+    def column(self, name: str) -> pl.Series:
+        return self._rows[name]

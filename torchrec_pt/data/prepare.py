@@ -102,8 +102,8 @@ def prepare(
             parts = cut_parts(users)
             of_rows = [feature for feature in config.features if feature.of == "interaction"]
             rows.number(users, items, parts, of_rows)
-            tables, summaries = _describe_features(config, raw, rows, users, items)
             rows.write(folder / "interactions.parquet", parts)
+            tables, summaries = _describe_features(config, raw, rows, users, items)
             heights = {"users.parquet": [part.num_users for part in parts]}
             for name, table in tables.items():
                 write_row_groups(folder / name, cut(table, heights.get(name, [table.height])))
