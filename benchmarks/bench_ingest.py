@@ -120,12 +120,12 @@ def measure_size(num_rows: int, rounds: int, console: Console) -> list[Row]:
                 found[engine].append(measured)
                 console.print(f"{num_rows:,} rows, {engine}: {measured.prepare_s:.1f} s")
         expected = _content(folder / "local/prepared")
-        return [
-            _row(
-                num_rows, log_bytes, engine, some, _content(folder / engine / "prepared"), expected
-            )
-            for engine, some in found.items()
-        ]
+        is_same = {
+            engine: _content(folder / engine / "prepared") == expected for engine in PROGRAMS
+        }
+    return [
+        _row(num_rows, log_bytes, engine, some, is_same[engine]) for engine, some in found.items()
+    ]
 
 
 def _row(num_rows: int, log_bytes: int, engine: str, found: list[Measured], is_same: bool) -> Row:

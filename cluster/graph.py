@@ -42,8 +42,9 @@ from cluster.worker import prepare, train_loop
 if TYPE_CHECKING:
     from torchrec_pt.pipeline import RunResult
 
-# Of Ray Train's controller and workers. Without the first two, every library's INFO lines go to
-# the console; the last is how often (in seconds) the controller looks at the workers.
+# Of Ray Train's controller and workers, where the job's environment says nothing else. Without the
+# first two, every library's INFO lines go to the console; the last is how often (in seconds) the
+# controller looks at the workers.
 ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
@@ -140,7 +141,7 @@ def _prepare(given: StageWork) -> Ended:
 
 @ray.remote
 def _train(job: JobFile, given: StageWork, on_gpus: bool) -> Ended:
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | os.environ)
     if given.work.folder is not None:
         os.chdir(given.work.folder)
     started_at = time.monotonic()

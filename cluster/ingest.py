@@ -254,7 +254,7 @@ def _taken(dataset: ray.data.Dataset) -> list[dict[str, Any]]:
         while isinstance(found, RayError):
             found = getattr(found, "cause", None) or found.__cause__
         if isinstance(found, DataError):
-            raise DataError(str(found)) from None
+            raise DataError(str(found).splitlines()[0]) from None  # Ray Data adds lines to it
         raise
 
 

@@ -7,6 +7,7 @@ is a report: the best one, and the newest.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -182,13 +183,14 @@ class Watch(UserCallback):
         lost, why = causes(worker_exceptions), failures(causes(worker_exceptions))
         goes_on = self._num_failures <= self._max_failures
         stage = self._given.stage.name
-        self._given.log(DRIVER).write(
-            "lost workers",
-            lost=sorted(lost),
-            why=why,
-            num_workers=num_workers,
-            restarts=self._num_failures if goes_on else self._num_failures - 1,
-        )
+        with contextlib.suppress(OSError):  # a full disk is the workers' to report
+            self._given.log(DRIVER).write(
+                "lost workers",
+                lost=sorted(lost),
+                why=why,
+                num_workers=num_workers,
+                restarts=self._num_failures if goes_on else self._num_failures - 1,
+            )
         of = f"{len(lost)} of {num_workers} workers" if num_workers else f"workers: {len(lost)}"
         then = (
             "going on from the last checkpoint "
