@@ -95,7 +95,7 @@ def test_a_run_whose_whole_cluster_is_lost_goes_on_on_another(
 
 # --- two networks -------------------------------------------------------------------------------
 
-HERE, THERE = "torchrec-here", "torchrec-there"
+HERE, THERE = "tpt-here", "tpt-there"
 ADDRESSES = {HERE: "10.213.77.1", THERE: "10.213.77.2"}
 
 
@@ -128,7 +128,7 @@ def node_in(network: str, folder: Path, **given: Any) -> Iterator[tuple[int, dic
     """A Ray node in a namespace: its process id, and what it says of itself."""
     parameters = {
         "node_ip_address": ADDRESSES[network],
-        "temp_dir": str(folder),
+        "temp_dir": str(folder / network),
         "object_store_memory": 128 * 2**20,
         "dashboard_port": 0,
         "dashboard_agent_listen_port": 0,
