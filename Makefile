@@ -27,8 +27,8 @@ data: setup
 demo: data ## pretrain, fine-tune and evaluate on MovieLens-100K
 	$(BIN)/torchrec-pt run configs/demo.toml
 
-demo-ray: data ## the same run as a job on a Ray started here
-	$(BIN)/python -m cluster.submit configs/demo.toml --local --set run_dir=runs/demo-ray
+demo-ray: data ## the same run as a job on a Ray cluster started here, which loses a node half way
+	$(BIN)/python scripts/demo_ray.py
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest

@@ -118,15 +118,18 @@ class LocalCluster:
         Raises:
             RuntimeError: Ray did not start.
         """
+        number = next(self._numbers)
         parameters = {
             "node_ip_address": LOOPBACK,
-            "temp_dir": str(self._folder),
+            # Of its own: in a common one each node unpacks a job's working directory anew, over
+            # the one in which the others' processes stand.
+            "temp_dir": str(self._folder / str(number)),
             "object_store_memory": self._object_store_bytes,
             "dashboard_port": 0,
             "dashboard_agent_listen_port": 0,
             **given,
         }
-        log = self._folder / f"node-{next(self._numbers)}.log"
+        log = self._folder / f"node-{number}.log"
         with log.open("w") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-I", NODE_PROCESS, json.dumps(parameters)],

@@ -56,6 +56,9 @@ class Lines(Console):
 @contextlib.contextmanager
 def screen_to(file: TextIO) -> Iterator[Screen]:
     """A Screen whose text appears in `file`, all of it by the end of the block."""
+    # Ray's own notes, such as that a node is gone. `log_to_driver=False` keeps the workers quiet,
+    # and not these.
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
