@@ -53,22 +53,28 @@ pretrain.learning_rate = {{ choices = [1e-7, 1e30] }}
 """
 
 
+def _write_config(folder: Path, log: Path) -> Path:
+    config = folder / "run.toml"
+    config.write_text(CONFIG.format(run=folder / "run", log=log))
+    return config
+
+
+def _search(nodes: LocalCluster, config: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cluster.tune", str(config), "--follow", *words]
+    return subprocess.run(
+        [*command, "--address", nodes.dashboard],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
 def test_asha_stops_what_falls_behind_and_the_best_is_written_as_without_ray(
     tmp_path: Path, cycle_folder: Path, two_nodes: LocalCluster
 ) -> None:
-    def search(*arguments: str) -> subprocess.CompletedProcess[str]:
-        words = ["cluster.tune", str(config), "--address", two_nodes.dashboard, "--follow"]
-        return subprocess.run(
-            [sys.executable, "-m", *words, *arguments],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-
-    config = tmp_path / "run.toml"
-    config.write_text(CONFIG.format(run=tmp_path / "run", log=cycle_folder / "log.tsv"))
-    done = search("--parallel=1")
+    config = _write_config(tmp_path, cycle_folder / "log.tsv")
+    done = _search(two_nodes, config, "--parallel=1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("submitted run-")
     assert "prepare: 37 users, 30 items" in done.stdout
@@ -89,7 +95,7 @@ def test_asha_stops_what_falls_behind_and_the_best_is_written_as_without_ray(
     assert best == with_values(load_config(config), {})
 
     # The same command with more trials runs what is left, one on each node.
-    more = search("--trials=5", "--parallel=2")
+    more = _search(two_nodes, config, "--trials=5", "--parallel=2")
     assert more.returncode == 0, more.stdout + more.stderr
     assert "tune: 3 trials ended before" in more.stdout
     assert more.stdout.count(" of 5: ") == 2
@@ -98,7 +104,12 @@ def test_asha_stops_what_falls_behind_and_the_best_is_written_as_without_ray(
     actors = list_actors(two_nodes.dashboard, filters=[("class_name", "=", "ImplicitFunc")])
     assert {actor.node_id for actor in actors} == {two_nodes.head.id, two_nodes.workers[0].id}
 
-    refused = search("--set", f"data.path={tmp_path}/no.tsv")
+
+@pytest.mark.soak
+def test_a_mistake_that_a_search_meets_is_one_line_and_exit_code_2(
+    tmp_path: Path, two_nodes: LocalCluster
+) -> None:
+    refused = _search(two_nodes, _write_config(tmp_path, tmp_path / "no.tsv"))
     assert refused.returncode == 2
     said = f"cluster.tune: data.path: {tmp_path}/no.tsv does not exist; check the path"
     assert said in refused.stdout.splitlines()
