@@ -218,8 +218,10 @@ def test_what_the_workers_refuse_is_one_line_and_the_rest_is_skipped(
     cluster: LocalCluster, folder: Path
 ) -> None:
     config = tiny_config(folder, show={"user": "nobody"})
-    job = _ended(_begin(cluster, config, workers=2))
+    job = _ended(_begin(cluster, config, workers=2, ingest="ray"))
     assert job.returncode == 2, job.stdout + job.stderr
+    assert "prepare: 333 interactions by Ray Data in " in job.stdout
+    assert f"interactions in {folder / 'run/prepared'}" in job.stdout
     first, second = job.stderr.splitlines()
     assert first.startswith("torchrec-pt: prepare: ")
     assert "nobody" in first
