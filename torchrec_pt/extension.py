@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib.machinery
+import importlib
 import importlib.util
 import os
 import platform
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
@@ -40,7 +41,8 @@ def load_operators() -> ModuleType:
         ImportError: the package has neither operators nor the sources of any, or they do not load.
         ValueError: they must be built here, and cannot be.
     """
-    if importlib.util.find_spec(NAME) is not None:
+    # Not find_spec: where another torchrec_pt is installed as editable, it finds that one's.
+    if any((PACKAGE / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
         return importlib.import_module(NAME)
     root = PACKAGE.parent
     if not (root / "csrc").is_dir():
@@ -130,7 +132,7 @@ def build(root: Path, folder: Path) -> None:
 
 
 def _operators_in(package: Path) -> Path:
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+    for suffix in EXTENSION_SUFFIXES:
         if (package / f"_C{suffix}").is_file():
             return package / f"_C{suffix}"
     raise ImportError(f"{package}: no operators for this Python; remove this folder")
