@@ -45,20 +45,20 @@ ratings of 4 or more, on a random tenth. Ratings: GroupLens' folds; a twentieth 
 fixed seed, is the validation split. Ranking: each user's last interaction, full catalogue.
 Settings were chosen on validation splits of seed 0 (ratings: of u1); test figures of earlier
 settings were seen for clicks, ranking and u1 on the way. Mean ± standard deviation over
-{num_seeds} seeds. Minutes: of pretraining and fine-tuning with their
-validations, without the control, {conditions}; those of ratings are of all five folds.
-"""
-ADDED = """### What pretraining and fine-tuning add
-
-Fine-tuned against the other models of the same run: the difference, paired over {num_seeds} seeds
-with Student's 95 % interval. Of logloss, RMSE and MAE less is better, of all others more.
+{num_seeds} seeds. Minutes are of pretraining and fine-tuning with their validations, without the
+control; those of ratings are of all five folds. Below each table is what pretraining and
+fine-tuning add: fine-tuned against the other models of the same run, the difference, paired over
+the seeds with Student's 95 % interval. Of logloss, RMSE and MAE less is better, of all others more.
 """
 
 
 def finetuning_parts(docs: Path) -> dict[str, str]:
     """First line -> text, empty where nothing has been run. A plot is saved beside the page."""
+    tables = _tables()
+    head = FINETUNING.format(num_seeds=NUM_SEEDS) if any(tables.values()) else ""
     return {
-        "## Fine-tuning": _recipes(),
+        "## Fine-tuning": head,
+        **tables,
         "## Ranking losses": _losses(),
         "## Learning curves": _curves(docs),
     }
@@ -67,21 +67,25 @@ def finetuning_parts(docs: Path) -> dict[str, str]:
 # --- recipes ------------------------------------------------------------------------------------
 
 
-def _recipes() -> str:
+def _tables() -> dict[str, str]:
+    """First line -> a table of each task."""
     found = [(recipe, load_recipe(recipe)) for recipe in FINETUNED]
-    whole = [(recipe, results) for recipe, results in found if results]
-    if not whole:
-        return ""
-    conditions = described(whole[0][1][0].conditions)
-    parts = [FINETUNING.format(num_seeds=NUM_SEEDS, conditions=conditions)]
+    parts = {}
     for title, protocols in TABLES.items():
-        of_table = [(r, results) for r, results in whole if r.figures[0].protocol in protocols]
-        if of_table:
-            parts.append(f"### {title}\n\n{recipe_table(protocols, of_table)}")
+        of_table = [(r, results) for r, results in found if r.figures[0].protocol in protocols]
+        whole = [(recipe, results) for recipe, results in of_table if results]
+        parts[f"### {title}"] = _table(title, protocols, whole) if whole else ""
+    return parts
+
+
+def _table(
+    title: str, protocols: Sequence[str], whole: Sequence[tuple[Recipe, list[Result]]]
+) -> str:
+    conditions = whole[0][1][0].conditions
     rows = [row for recipe, results in whole for row in _added_rows(recipe, results)]
-    columns = ("recipe, protocol", "against", "difference")
-    added = ADDED.format(num_seeds=NUM_SEEDS)
-    return "\n".join([*parts, f"{added}\n{markdown_table(columns, rows)}"])
+    added = markdown_table(("recipe, protocol", "against", "difference"), rows)
+    table = recipe_table(protocols, whole)
+    return f"### {title}\n\n{table}\nMinutes: {described(conditions)}.\n\n{added}"
 
 
 def _added_rows(recipe: Recipe, results: list[Result]) -> list[list[str]]:

@@ -48,10 +48,10 @@ def write_page(path: Path) -> Path:
 
 
 def _standing_parts(path: Path) -> dict[str, str]:
-    """First line -> text, of what stands before the first "## " and below each."""
+    """First line -> text, of what stands before the first heading and below each."""
     if not path.is_file():
         return {}
-    parts = re.split(r"\n(?=## )", path.read_text(encoding="utf-8"))
+    parts = re.split(r"\n(?=###? )", path.read_text(encoding="utf-8"))
     return {part.partition("\n")[0]: part for part in parts}
 
 
