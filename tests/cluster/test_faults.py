@@ -51,7 +51,7 @@ def test_a_run_ends_with_the_metrics_of_an_undisturbed_one_whatever_is_killed(
 def test_an_elastic_run_goes_on_with_fewer_workers_and_grows_back_with_its_cluster(
     tmp_path: Path, cycle_folder: Path
 ) -> None:
-    config = faults.write_config(tmp_path, cycle_folder / "log.tsv", epochs=120)
+    config = faults.write_config(tmp_path, cycle_folder / "log.tsv", epochs=400)
     run_dir = tmp_path / "run"
     with (
         faults.cluster_of(num_workers=2) as cluster,
