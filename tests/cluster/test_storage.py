@@ -22,6 +22,7 @@ from tests.conftest import tiny_config
 from torchrec_pt import pipeline
 from torchrec_pt.checkpoint import MARK
 from torchrec_pt.runs import load_result
+from torchrec_pt.train import Validated
 
 BUCKET = "runs"
 # Leaves a run, and is killed where the content or the index of a stage is about to be complete.
@@ -223,8 +224,8 @@ def test_a_run_goes_on_from_the_storage_alone(
     pipeline.prepare(whole)
     expected = pipeline.pretrain(whole).values
 
-    def lose_node(monitor: str, curve: list[dict[str, float]]) -> None:
-        if len(curve) == 2:
+    def lose_node(told: Validated) -> None:
+        if len(told.curve) == 2:
             raise KeyboardInterrupt
 
     pipeline.prepare(here)
