@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.ops.thread_counts import assert_same_bits
 from torchrec_pt.ops import infonce, infonce_logsumexp, infonce_loss
 from torchrec_pt.ops.reference import infonce_logits, infonce_loss_rows
 
@@ -563,17 +564,11 @@ def test_strides_do_not_matter() -> None:
 
 
 def assert_same_bits_on_two_threads(loss_of: Callable[[], Tensor], leaves: list[Tensor]) -> None:
-    def run(num_threads: int) -> list[Tensor]:
-        torch.set_num_threads(num_threads)
+    def run() -> list[Tensor]:
         loss = loss_of()
         return [loss, *torch.autograd.grad(loss, leaves)]
 
-    before = torch.get_num_threads()
-    try:
-        for one, two in zip(run(1), run(2), strict=True):
-            assert torch.equal(one, two)
-    finally:
-        torch.set_num_threads(before)
+    assert_same_bits(run, [2], by_blas=True)
 
 
 def test_bits_do_not_depend_on_the_thread_count() -> None:

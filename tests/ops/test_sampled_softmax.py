@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.ops.thread_counts import assert_same_bits
 from torchrec_pt.ops import sampled_softmax_loss
 from torchrec_pt.ops.reference import sampled_softmax_logits, sampled_softmax_loss_rows
 
@@ -676,19 +677,11 @@ def test_bits_do_not_depend_on_repeats_or_the_thread_count(
     problem["negatives"][..., ::3] = 7  # an item that no thread has to itself
     problem, leaves = with_leaves(problem)
 
-    def run(num_threads: int) -> list[Tensor]:
-        torch.set_num_threads(num_threads)
+    def run() -> list[Tensor]:
         loss = sampled_softmax_loss(**problem)
         return [loss, *gradients(loss, leaves)]
 
-    before = torch.get_num_threads()
-    try:
-        first = run(1)
-        for num_threads in thread_counts:
-            for one, other in zip(first, run(num_threads), strict=True):
-                assert torch.equal(one, other)
-    finally:
-        torch.set_num_threads(before)
+    assert_same_bits(run, thread_counts, by_blas=of is shared)
 
 
 MEMORY_PROBE = """
