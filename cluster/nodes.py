@@ -28,7 +28,13 @@ NODE_PROCESS = str(Path(__file__).with_name("node_process.py"))
 OBJECT_STORE_BYTES = 128 * 2**20
 # Ray replaces a loopback address by one that the network reaches, and listens there, unless
 # this says that the machine will never be in a cluster.
-ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+# A token of the user's, for other clusters, would be asked for by some of the processes and not be
+# known to others.
+ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+}
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.nodes import LocalCluster
+from cluster.nodes import ENVIRONMENT, LocalCluster
 from cluster.packing import ROOT
 from torchrec_pt import extension
 from torchrec_pt.ops import _C
+
+# Of every Ray that a test starts; ray.init would also leave a token in the home of who runs them.
+os.environ.update(ENVIRONMENT)
 
 
 @pytest.fixture(scope="session")
