@@ -16,10 +16,14 @@ def main() -> None:
     """Start the node, say in one line of JSON where it is, and end it with the input."""
     from ray._private.node import Node
     from ray._private.parameter import RayParams
+    from ray._private.utils import write_ray_address
 
     given = json.loads(sys.argv[1])
     # Ray's processes die with this one, and this one ends with who started it.
     node = Node(RayParams(**given), head="gcs_address" not in given)
+    # As `ray start` does: a job's driver is sent to the cluster of this file, and without it, where
+    # the machine has several, to any.
+    write_ray_address(node.gcs_address, given["temp_dir"])
     said = {"gcs_address": node.gcs_address, "dashboard": node.webui_url, "id": node.node_id}
     print(json.dumps(said), flush=True)
     sys.stdin.read()
