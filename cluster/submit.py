@@ -65,6 +65,17 @@ Address = Annotated[
         help="The cluster's dashboard.",
     ),
 ]
+# Those of `cluster.tune`, too.
+LocalNodes = Annotated[int, typer.Option(min=1, help="Of the Ray that --local starts.")]
+OnDevice = Annotated[Device, typer.Option(help="auto: GPUs where the cluster has any.")]
+Name = Annotated[str | None, typer.Option(help="Of the job; default: that of the run's folder.")]
+SentCode = Annotated[
+    Code | None, typer.Option(help="Send the sources here, or use the nodes' image.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Override a key; repeatable."),
+]
 
 
 @app.command()
@@ -74,7 +85,7 @@ def submit(
     local: Annotated[
         bool, typer.Option("--local", help="Start a Ray here for this run, and follow it.")
     ] = False,
-    nodes: Annotated[int, typer.Option(min=1, help="Of the Ray that --local starts.")] = 1,
+    nodes: LocalNodes = 1,
     follow_: Annotated[
         bool, typer.Option("--follow", help="Show the job's output until it ends.")
     ] = False,
@@ -82,9 +93,7 @@ def submit(
         str,
         typer.Option(metavar="N|MIN:MAX", help="Processes that train together; MIN:MAX: elastic."),
     ] = "2",
-    device: Annotated[
-        Device, typer.Option(help="auto: GPUs where the cluster has any.")
-    ] = Device.auto,
+    device: OnDevice = Device.auto,
     max_failures: Annotated[
         int, typer.Option(min=0, help="How often lost workers are started again.")
     ] = 3,
@@ -104,19 +113,12 @@ def submit(
     ingest: Annotated[
         Ingest, typer.Option(help="Who reads the raw log: one process, or Ray Data.")
     ] = Ingest.local,
-    name: Annotated[
-        str | None, typer.Option(help="Of the job; default: that of the run's folder.")
-    ] = None,
-    code: Annotated[
-        Code | None, typer.Option(help="Send the sources here, or use the nodes' image.")
-    ] = None,
+    name: Name = None,
+    code: SentCode = None,
     allow_other_versions: Annotated[
         bool, typer.Option(help="Run where torch, torchrec or ray differ from those here.")
     ] = False,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=VALUE", help="Override a key; repeatable."),
-    ] = None,
+    set_: Overrides = None,
 ) -> None:
     """Submit a run (what happens where no command is named)."""
     settings = load_config(config, set_ or [])

@@ -18,9 +18,9 @@ import typer
 from cluster.checks import check_name, check_shared_paths, name_of, refuse_address
 from cluster.client import Asked, mistakes_of, run_locally, submit
 from cluster.job_file import SEARCH_FILE, SearchFile
-from cluster.packing import Code, settle_code
+from cluster.packing import settle_code
 from cluster.resources import Device
-from cluster.submit import Address
+from cluster.submit import Address, LocalNodes, Name, OnDevice, Overrides, SentCode
 from cluster.versions import installed_versions
 from torchrec_pt.config_file import load_config
 
@@ -34,7 +34,7 @@ def tune(
     local: Annotated[
         bool, typer.Option("--local", help="Start a Ray here for it, and follow it.")
     ] = False,
-    nodes: Annotated[int, typer.Option(min=1, help="Of the Ray that --local starts.")] = 1,
+    nodes: LocalNodes = 1,
     follow_: Annotated[
         bool, typer.Option("--follow", help="Show the search's output until it ends.")
     ] = False,
@@ -45,22 +45,13 @@ def tune(
         int | None,
         typer.Option(min=1, help="Trials at a time; default: one a GPU, or a CPU without GPUs."),
     ] = None,
-    device: Annotated[
-        Device, typer.Option(help="auto: GPUs where the cluster has any.")
-    ] = Device.auto,
-    name: Annotated[
-        str | None, typer.Option(help="Of the job; default: that of the run's folder.")
-    ] = None,
-    code: Annotated[
-        Code | None, typer.Option(help="Send the sources here, or use the nodes' image.")
-    ] = None,
+    device: OnDevice = Device.auto,
+    name: Name = None,
+    code: SentCode = None,
     allow_other_versions: Annotated[
         bool, typer.Option(help="Search where torch, torchrec or ray differ from those here.")
     ] = False,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=VALUE", help="Override a key; repeatable."),
-    ] = None,
+    set_: Overrides = None,
 ) -> None:
     """Search [tune.space] with Ray Tune, Optuna and ASHA."""
     overrides = [*(set_ or ()), *([f"tune.num_trials={trials}"] if trials else ())]

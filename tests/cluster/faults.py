@@ -24,26 +24,11 @@ import psutil  # isort: skip
 
 from cluster.nodes import LocalCluster
 from cluster.packing import ROOT
+from tests.conftest import RUN
 from torchrec_pt import checkpoint
 
-CONFIG = """\
-run_dir = "{folder}/run"
-
-[data]
-format = "tsv"
-path = "{folder}/log.tsv"
-columns = {{ rating = "rating", timestamp = "timestamp" }}
-
-[model]
-dim = 16
-num_layers = 1
-max_length = 8
-
-[pretrain]
-epochs = {epochs}
-batch_size = 10
-warmup_steps = 0
-objectives = [{{ name = "masked_item" }}]
+CONFIG = f"""\
+{RUN}warmup_steps = 0
 
 [evaluate]
 ks = [10]
@@ -69,7 +54,7 @@ def write_config(folder: Path, data: Path, *, epochs: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "log.tsv").symlink_to(data)
     path = folder / "run.toml"
-    path.write_text(CONFIG.format(folder=folder, epochs=epochs))
+    path.write_text(CONFIG.format(run_dir=folder / "run", log=folder / "log.tsv", epochs=epochs))
     return path
 
 
