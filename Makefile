@@ -31,7 +31,7 @@ demo-ray: data ## the same run as a job on a Ray cluster started here, which los
 	$(BIN)/python scripts/demo_ray.py
 
 test: setup ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup ## lint, formatting and types
 	$(BIN)/ruff check .

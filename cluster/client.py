@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -30,6 +31,11 @@ QUIET = (
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
     "ray._private.runtime_env.packaging",
+)
+
+_OF_SUPERVISOR = (
+    r"^(\S+ \S+\tINFO job_manager\.py:\d+ -- Runtime env is setting up\."
+    r"|Running entrypoint for job .*: .* -m cluster\.\w+ \w+\.json)\n"
 )
 
 
@@ -157,7 +163,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
 
     async def show() -> None:
         async for lines in client.tail_job_logs(job):
-            print(lines, end="", flush=True)
+            print(without_rays_lines(lines), end="", flush=True)
 
     asyncio.run(show())
     _wait_for_end(client, job)
@@ -166,6 +172,11 @@ def follow(client: JobSubmissionClient, job: str) -> int:
         print(f"job {job} {info.status.value}: {info.message}", file=sys.stderr)
         return 1
     return int(info.driver_exit_code)
+
+
+def without_rays_lines(log: str) -> str:
+    """Whole lines of a job's output without what Ray itself writes at its start."""
+    return re.sub(_OF_SUPERVISOR, "", log, flags=re.MULTILINE)
 
 
 def _wait_for_end(client: JobSubmissionClient, job: str) -> None:

@@ -43,13 +43,16 @@ if TYPE_CHECKING:
     from torchrec_pt.pipeline import RunResult
 
 # Of Ray Train's controller and workers, where the job's environment says nothing else. Without the
-# first two, every library's INFO lines go to the console; the last is how often (in seconds) the
+# first two, every library's INFO lines go to the console; then how often (in seconds) the
 # controller looks at the workers.
 ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
+# A lost node is missed late, and an elastic stage may ask for as many workers as before meanwhile:
+# for so long (in seconds; Ray's own is 60 in all stages) until it asks again for those that fit.
+ELASTIC = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
 # While stages wait for room: the cluster may have grown.
 LOOK_AGAIN_S = 10.0
 
@@ -141,7 +144,7 @@ def _prepare(given: StageWork) -> Ended:
 
 @ray.remote
 def _train(job: JobFile, given: StageWork, on_gpus: bool) -> Ended:
-    os.environ.update(ENVIRONMENT | os.environ)
+    os.environ.update(ENVIRONMENT | (ELASTIC if given.is_elastic else {}) | os.environ)
     if given.work.folder is not None:
         os.chdir(given.work.folder)
     started_at = time.monotonic()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import pickle
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ import typer
 from ray.exceptions import RayError
 from rich.console import Console
 
+from cluster.client import mistakes_of
 from cluster.ingest_tasks import (
     Reading,
     Routing,
@@ -62,7 +62,6 @@ from torchrec_pt.data.splits import (
     is_drawn,
     unknown_split,
 )
-from torchrec_pt.files import refused
 
 _T = TypeVar("_T")
 
@@ -273,13 +272,8 @@ def ingest(
 
 
 def main() -> None:
-    """The exit codes are those of torchrec-pt."""
-    try:
+    with mistakes_of("cluster.ingest"):
         app()
-    except (ValueError, OSError) as error:
-        message = refused(error) if isinstance(error, OSError) else str(error)
-        print(f"torchrec-pt: {message}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

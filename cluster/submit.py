@@ -27,7 +27,14 @@ from cluster.checks import (
     parse_workers,
     refuse_address,
 )
-from cluster.client import Asked, connect, follow, mistakes_of, run_locally
+from cluster.client import (
+    Asked,
+    connect,
+    follow,
+    mistakes_of,
+    run_locally,
+    without_rays_lines,
+)
 from cluster.client import submit as submit_to
 from cluster.job_file import JOB_FILE, JobFile
 from cluster.packing import Code, settle_code
@@ -165,7 +172,7 @@ def logs(
     client = connect(address)
     if follow_:
         raise typer.Exit(follow(client, job))
-    print(client.get_job_logs(job), end="")
+    print(without_rays_lines(client.get_job_logs(job)), end="")
 
 
 @app.command()

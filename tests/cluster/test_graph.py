@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray.train
+import tomli_w
 from rich.console import Console
 
 from cluster.job_file import JobFile
@@ -175,8 +176,8 @@ def test_two_workers_one_of_them_killed_give_the_metrics_of_two_without_ray(
     (event,) = [one for one in _events(log, "pretrain", "driver") if "lost" in one]
     assert (event["lost"], event["num_workers"], event["restarts"]) == ([1], 2, 1)
 
-    toml = folder / "plain.toml"
-    toml.write_text(_toml(config))
+    toml, plain = folder / "plain.toml", config.model_copy(update={"run_dir": folder / "plain"})
+    toml.write_text(tomli_w.dumps(plain.model_dump(mode="json", exclude_unset=True)))
     subprocess.run(
         [sys.executable, "-m", "torchrec_pt", "run", str(toml), "--workers", "2"],
         env=_environment(cluster),
@@ -190,28 +191,6 @@ def test_two_workers_one_of_them_killed_give_the_metrics_of_two_without_ray(
     )
     # The same steps on the same ranks: nothing may differ but the last bits.
     assert done == {name: pytest.approx(values, rel=1e-6) for name, values in expected.items()}
-
-
-def _toml(config: RunConfig) -> str:
-    """The run of `test_two_workers…`, in another folder."""
-    folder = config.run_dir.parent
-    return f"""\
-run_dir = "{folder}/plain"
-[data]
-format = "tsv"
-path = "{folder}/log.tsv"
-columns = {{ rating = "rating", timestamp = "timestamp" }}
-[model]
-dim = 16
-num_layers = 1
-max_length = 8
-dropout = 0.1
-[pretrain]
-epochs = 40
-batch_size = 10
-warmup_steps = 0
-objectives = [{{ name = "masked_item" }}]
-"""
 
 
 def test_what_the_workers_refuse_is_one_line_and_the_rest_is_skipped(

@@ -44,6 +44,8 @@ def test_a_mistake_found_by_a_job_is_one_line_and_its_exit_code(
     assert code == 2, said + errors
     assert f"data.path: {tmp_path / 'no.tsv'} does not exist; check the path" in said
     assert "Traceback" not in said
+    assert "Running entrypoint" not in said  # Ray's own words
+    assert "Runtime env" not in said
     assert not errors
 
     job = said.split()[1].removesuffix(";")
@@ -58,6 +60,7 @@ def test_a_mistake_found_by_a_job_is_one_line_and_its_exit_code(
         code, said, errors = run(capsys, monkeypatch, *words)
         assert (code, errors) == (0, "")
         assert expected in said
+        assert "Running entrypoint" not in said
     code, said, errors = run(capsys, monkeypatch, "status", "no-such-job")
     assert code == 1
     assert "no-such-job does not exist" in errors
