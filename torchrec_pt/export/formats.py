@@ -84,27 +84,30 @@ def write_parquet(vectors: Vectors, files: Files) -> None:
 
     float16 is Arrow's halffloat.
     """
-    id_type = vectors.ids.head(0).to_arrow().type
-    fields = [("id", id_type), ("embedding", pa.list_(_ARROW_TYPES[vectors.dtype], vectors.dim))]
+    ids = vectors.ids.to_arrow()
+    fields = [("id", ids.type), ("embedding", pa.list_(_ARROW_TYPES[vectors.dtype], vectors.dim))]
     if vectors.dtype == "int8":
         fields.insert(1, ("scale", pa.float32()))
     schema = pa.schema(fields)
     with pq.ParquetWriter(files.new(), schema, use_dictionary=False) as writer:
-        for group in _row_groups(vectors, schema):
+        for group in _row_groups(ids, vectors, schema):
             writer.write_table(group, row_group_size=max(1, group.num_rows))
 
 
-def _row_groups(vectors: Vectors, schema: pa.Schema) -> Iterator[pa.Table]:
+def _row_groups(ids: pa.Array, vectors: Vectors, schema: pa.Schema) -> Iterator[pa.Table]:
     enough = rows_per_block((vectors.dim,), torch.float32)
     held: list[pa.Table] = []
-    for ids, block in vectors.with_ids():
-        columns = [ids.to_arrow(), _lists(block.values)]
+    num_held = begin = 0
+    for block in vectors.blocks:
+        num = len(block.values)
+        columns = [ids.slice(begin, num), _lists(block.values)]
         if block.scales is not None:
             columns.insert(1, pa.array(block.scales.numpy()))
         held.append(pa.table(columns, schema=schema))
-        if sum(part.num_rows for part in held) >= enough:
+        begin, num_held = begin + num, num_held + num
+        if num_held >= enough:
             yield pa.concat_tables(held)
-            held.clear()
+            held, num_held = [], 0
     if held:
         yield pa.concat_tables(held)
 
