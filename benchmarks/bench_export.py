@@ -12,7 +12,8 @@ is the library's own export of it, loaded: vectors, lengths, files, hashes, fsyn
 
 CPU time, and beside it wall time, which tells of the disk and of what else the machine does. Peak
 memory of the Parquet export in processes of its own (export_memory.py).
-Writes benchmarks/results/export.json; a part of the benchmark only where --out says.
+Each section has a result of its own, benchmarks/results/export_parquet.json and
+export_formats.json; --quick writes one only where --out says.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ from torchrec_pt.export import Source, export_embeddings, load_source
 from torchrec_pt.export.embeddings import Asked, write_embeddings
 from torchrec_pt.export.vectors import all_items
 
-NUM_ITEMS, NUM_ITEMS_QUICK, NUM_ITEMS_SMALL = 1_000_000, 50_000, 2_000
+SECTIONS = ("parquet", "formats")
+NUM_ITEMS, NUM_ITEMS_QUICK, NUM_ITEMS_SMALL = 1_000_000, 50_000, 10_000
 OURS, WHOLE, SAME, DEFAULT = "export", "export from the folder", "write_table, same", "write_table"
-# Format, dtype, kind of index; an index takes its time, so it is built once.
+# Format, dtype, kind of index. The graph of hnsw and the lists of ivf take FAISS minutes.
 FORMATS = (
     ("npy", "float32", ""),
     ("safetensors", "float32", ""),
@@ -57,15 +59,12 @@ FORMATS = (
     ("csv", "float32", ""),
     ("jsonl", "float32", ""),
     ("faiss", "float32", "flat"),
-    ("faiss", "float32", "ivf"),
-    ("faiss", "float32", "hnsw"),
     ("faiss", "float32", "pq"),
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    section: str
     what: str
     megabytes: float
     rounds: int
@@ -85,46 +84,35 @@ class Step:
 
 
 def main() -> None:
-    parser = build_parser(
-        __doc__, ("parquet", "formats"), rounds_help="of parquet; a third as many of the others"
-    )
+    parser = build_parser(__doc__, SECTIONS, rounds_help="of parquet; a third of the others")
     parser.set_defaults(rounds=9, device="cpu")
     arguments = parser.parse_args()
     if arguments.device != "cpu":
         parser.error("--device: this benchmark is of the CPU alone")
-    if arguments.out is None and not (arguments.quick or arguments.only):
-        arguments.out = default_out("export")
     torch.set_num_threads(arguments.threads)
     pa.set_cpu_count(arguments.threads)
     num_items = NUM_ITEMS_QUICK if arguments.quick else NUM_ITEMS
     console = Console(width=max(Console().width, 120))
-    header = conditions(arguments.device)
-    rows: list[Row] = []
-    peaks: dict[str, Peak] = {}
-    with tempfile.TemporaryDirectory() as name:
+    header = conditions(arguments.device) | {"num_items": num_items, "dim": DIM}
+    with tempfile.TemporaryDirectory() as name, joined_ranks() as ranks:
         run_dir = build_run(Path(name) / "large", num_items)
-        if arguments.only in (None, "parquet"):
-            small = build_run(Path(name) / "small", NUM_ITEMS_SMALL)
-            peaks = {what: peak_memory(what, run_dir, small) for what in ("loaded", "whole")}
-        with joined_ranks() as ranks:
+        for section in SECTIONS if arguments.only is None else (arguments.only,):
             source = load_source(run_dir, ranks)
-            if arguments.only in (None, "parquet"):
-                rows += measure("parquet", parquet_steps(source, arguments.rounds))
-            if arguments.only in (None, "formats"):
+            bars: list[Bar] = []
+            if section == "parquet":
+                small = build_run(Path(name) / "small", NUM_ITEMS_SMALL)
+                peaks = {what: peak_memory(what, run_dir, small) for what in ("loaded", "whole")}
+                rows = measure(parquet_steps(source, arguments.rounds))
+                bars = compute_bars(rows, peaks)
+            else:
                 rounds = max(1, arguments.rounds // 3)
-                for asked in formats_asked(source.config.run_dir / "formats"):
-                    rows += measure("formats", format_steps(source, asked, rounds))
-    bars = compute_bars(rows, peaks)
-    print_tables(console, rows, bars)
-    if arguments.out is not None:
-        found = {
-            "num_items": num_items,
-            "dim": DIM,
-            "bars": [asdict(bar) for bar in bars],
-            "peaks": {what: asdict(peak) for what, peak in peaks.items()},
-            "rows": [asdict(row) for row in rows],
-        }
-        write_json(arguments.out, header, found)
+                steps = [format_steps(source, one, rounds) for one in formats_asked(run_dir)]
+                rows = [row for some in steps for row in measure(some)]
+            print_tables(console, section, rows, bars)
+            out = arguments.out or (None if arguments.quick else default_out(f"export_{section}"))
+            if out is not None:
+                found = {"bars": [asdict(bar) for bar in bars], "rows": [asdict(r) for r in rows]}
+                write_json(out, header, found)
 
 
 def parquet_steps(source: Source, rounds: int) -> dict[str, Step]:
@@ -159,9 +147,10 @@ def same_columns(source: Source) -> pa.Table:
     )
 
 
-def formats_asked(folder: Path) -> list[Asked]:
+def formats_asked(run_dir: Path) -> list[Asked]:
+    out = run_dir / "formats"
     return [
-        Asked("items", format, dtype, IndexConfig(kind=kind or "flat"), None, folder)  # type: ignore[arg-type]
+        Asked("items", format, dtype, IndexConfig(kind=kind or "flat"), None, out)  # type: ignore[arg-type]
         for format, dtype, kind in FORMATS
     ]
 
@@ -185,7 +174,7 @@ def format_steps(source: Source, asked: Asked, rounds: int) -> dict[str, Step]:
     }
 
 
-def measure(section: str, steps: dict[str, Step]) -> list[Row]:
+def measure(steps: dict[str, Step]) -> list[Row]:
     """In turns, in the order given; the first round warms up where there are several."""
     cpu: dict[str, list[float]] = {name: [] for name in steps}
     wall: dict[str, list[float]] = {name: [] for name in steps}
@@ -201,7 +190,6 @@ def measure(section: str, steps: dict[str, Step]) -> list[Row]:
                 wall[name].append((time.perf_counter() - start) * 1000)
     return [
         Row(
-            section,
             name,
             round(step.written.stat().st_size / 1e6, 1),
             len(cpu[name]),
@@ -213,43 +201,42 @@ def measure(section: str, steps: dict[str, Step]) -> list[Row]:
 
 
 def compute_bars(rows: list[Row], peaks: dict[str, Peak]) -> list[Bar]:
-    cpu = {row.what: row.cpu_p50_ms for row in rows if row.section == "parquet"}
-    wall = {row.what: row.wall_p50_ms for row in rows if row.section == "parquet"}
+    times = {
+        "CPU": {row.what: row.cpu_p50_ms for row in rows},
+        "wall": {row.what: row.wall_p50_ms for row in rows},
+    }
 
     def over(ours: str, bare: str) -> list[tuple[float, str]]:
-        both = [(cpu, "CPU"), (wall, "wall")]
-        return [(times[ours] / times[bare], where) for times, where in both if times]
+        return [(of[ours] / of[bare], clock) for clock, of in times.items()]
 
-    megabytes = {what: peak.extra_mib * MIB / 1e6 for what, peak in peaks.items()}
+    loaded, whole = (
+        [(round(peaks[what].extra_mib * MIB / 1e6, 1), what)] for what in ("loaded", "whole")
+    )
     return [
         at_most("export over write_table with its settings", 1.5, over(OURS, SAME)),
         at_most("export over write_table", 1.5, over(OURS, DEFAULT)),
-        at_most("MB beyond the model", 300, [(megabytes["loaded"], "loaded")] if megabytes else []),
+        at_most("MB beyond the loaded model", 300, loaded),
         without_bound("from the folder over write_table", over(WHOLE, DEFAULT)),
-        without_bound(
-            "MB from the folder, the table in it",
-            [(megabytes["whole"], "whole")] if megabytes else [],
-        ),
+        without_bound("MB from the folder, the table in it", whole),
     ]
 
 
-def print_tables(console: Console, rows: list[Row], bars: list[Bar]) -> None:
-    for section in dict.fromkeys(row.section for row in rows):
-        columns = ("what", "MB", "rounds", "CPU s", "p20–p80", "wall s", "p20–p80 ")
-        table = build_table(section, *columns, text_columns=("what",))
-        for row in rows:
-            if row.section == section:
-                table.add_row(
-                    row.what,
-                    f"{row.megabytes:,.1f}",
-                    str(row.rounds),
-                    f"{row.cpu_p50_ms / 1000:.2f}",
-                    f"{row.cpu_p20_ms / 1000:.2f}–{row.cpu_p80_ms / 1000:.2f}",
-                    f"{row.wall_p50_ms / 1000:.2f}",
-                    f"{row.wall_p20_ms / 1000:.2f}–{row.wall_p80_ms / 1000:.2f}",
-                )
-        console.print(table)
-    console.print(bar_table(bars))
+def print_tables(console: Console, section: str, rows: list[Row], bars: list[Bar]) -> None:
+    columns = ("what", "MB", "rounds", "CPU s", "p20–p80", "wall s", "p20–p80 ")
+    table = build_table(section, *columns, text_columns=("what",))
+    for row in rows:
+        table.add_row(
+            row.what,
+            f"{row.megabytes:,.1f}",
+            str(row.rounds),
+            f"{row.cpu_p50_ms / 1000:.2f}",
+            f"{row.cpu_p20_ms / 1000:.2f}–{row.cpu_p80_ms / 1000:.2f}",
+            f"{row.wall_p50_ms / 1000:.2f}",
+            f"{row.wall_p20_ms / 1000:.2f}–{row.wall_p80_ms / 1000:.2f}",
+        )
+    console.print(table)
+    if bars:
+        console.print(bar_table(bars))
 
 
 if __name__ == "__main__":

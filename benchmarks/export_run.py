@@ -15,7 +15,7 @@ from torchrec_pt import pipeline
 from torchrec_pt.config import RunConfig
 
 DIM = 64
-ITEMS_PER_USER = 1000
+ITEMS_PER_USER = 5000  # validation takes longer the more users there are
 
 
 def build_run(folder: Path, num_items: int) -> Path:

@@ -24,6 +24,7 @@ from torchrec_pt import cli, export_embeddings, pipeline
 from torchrec_pt.config import ExportConfig, IndexConfig, RunConfig
 from torchrec_pt.config_file import ConfigError, load_config
 from torchrec_pt.data.errors import DataError
+from torchrec_pt.export.embeddings import read_ids
 from torchrec_pt.export.formats import WRITERS
 from torchrec_pt.export.rounding import RoundingMeter, round_to
 from torchrec_pt.files import WriteError
@@ -449,8 +450,6 @@ def test_a_configuration_names_what_a_run_exports(cycle_folder: Path, tmp_path: 
     assert (export.formats, export.index.kind, export.dtype) == (("faiss",), "ivf", "float32")
     with pytest.raises(ConfigError, match=r'export.index: num_parts is of an index of kind "pq"'):
         load_config(path, ["export.index.num_parts=4"])
+    (tmp_path / "ids").write_bytes(b"\xff")
     with pytest.raises(DataError, match="must be UTF-8"):
-        (tmp_path / "ids").write_bytes(b"\xff")
-        from torchrec_pt.export.embeddings import read_ids
-
         read_ids(tmp_path / "ids")
