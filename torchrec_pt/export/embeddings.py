@@ -124,17 +124,18 @@ def check_export(config: RunConfig, dataset: PreparedDataset) -> None:
     Raises:
         ValueError: an unknown id, or vectors too few for the index.
     """
-    export = config.export
-    with raised_together():
-        ids = None if export.ids is None else read_ids(export.ids)
-    for what in export.what:
-        external = external_ids(dataset, what)
-        if ids is not None:
-            indices_of(external, ids, what.removesuffix("s"))
-        if "faiss" in export.formats:
-            from torchrec_pt.export.faiss_index import settle_index
+    export, manifest = config.export, dataset.manifest
+    nums = {"items": manifest.num_items, "users": manifest.num_users}
+    if export.ids is not None:
+        (what,) = export.what
+        with raised_together():
+            ids = read_ids(export.ids)
+        nums[what] = len(indices_of(external_ids(dataset, what), ids, what.removesuffix("s")))
+    if "faiss" in export.formats:
+        from torchrec_pt.export.faiss_index import settle_index
 
-            settle_index(export.index, len(external if ids is None else ids), config.model.dim)
+        for what in export.what:
+            settle_index(export.index, nums[what], config.model.dim)
 
 
 def read_ids(path: Path) -> list[str]:
