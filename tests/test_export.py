@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from torchrec_pt import cli, export_embeddings, pipeline
 from torchrec_pt.config import ExportConfig, IndexConfig, RunConfig
 from torchrec_pt.config_file import ConfigError, load_config
 from torchrec_pt.data.errors import DataError
-from torchrec_pt.export.embeddings import read_ids
+from torchrec_pt.distributed import joined_ranks
+from torchrec_pt.export import Source, load_source
+from torchrec_pt.export.embeddings import Asked, read_ids, write_embeddings
 from torchrec_pt.export.formats import WRITERS
 from torchrec_pt.export.rounding import RoundingMeter, round_to
 from torchrec_pt.files import WriteError
@@ -52,14 +54,42 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunConfig]:
     return found
 
 
+@pytest.fixture(scope="module")
+def sources(runs: dict[str, RunConfig]) -> Iterator[dict[str, Source]]:
+    """The runs, loaded once."""
+    with joined_ranks() as ranks:
+        yield {name: load_source(config.run_dir, ranks) for name, config in runs.items()}
+
+
 @pytest.fixture
-def run_dir(runs: dict[str, RunConfig]) -> Path:
-    return runs["strings"].run_dir
+def source(sources: dict[str, Source]) -> Source:
+    return sources["strings"]
 
 
-def _expected(run_dir: Path, what: str, out: Path) -> tuple[list[Any], np.ndarray]:
+def _export(
+    source: Source,
+    what: str,
+    *,
+    format: str = "parquet",
+    dtype: str = "float32",
+    index: IndexConfig | None = None,
+    ids: list[Any] | None = None,
+    out: Path,
+) -> Path:
+    """As `export_embeddings`, of a model that is loaded already."""
+    asked = Asked(what, format, dtype, index or IndexConfig(), ids, out)  # type: ignore[arg-type]
+    write_embeddings(source, asked)
+    return out / f"{what}.{format}"
+
+
+def _expected(source: Source, what: str, out: Path) -> tuple[list[Any], np.ndarray]:
     """Ids and vectors, by NumPy's reader."""
-    path = export_embeddings(run_dir, what, format="npy", out=out)  # type: ignore[arg-type]
+    path = _export(source, what, format="npy", out=out)
+    return _of_npy(path)
+
+
+def _of_npy(path: Path) -> tuple[list[Any], np.ndarray]:
+    what = path.stem
     ids = np.load(path.with_name(f"{what}_ids.npy"), allow_pickle=False)
     return ids.tolist(), np.load(path, allow_pickle=False)
 
@@ -113,14 +143,14 @@ READERS: dict[str, Callable[[Path], tuple[list[Any], np.ndarray]]] = {
 
 @pytest.mark.parametrize("of", ["strings", "integers"])
 def test_every_format_holds_what_numpy_reads(
-    runs: dict[str, RunConfig], of: str, tmp_path: Path
+    sources: dict[str, Source], of: str, tmp_path: Path
 ) -> None:
     assert {*READERS, "npy"} == {*WRITERS, "faiss"}
     for what in ("items", "users"):
-        ids, vectors = _expected(runs[of].run_dir, what, tmp_path)
+        ids, vectors = _expected(sources[of], what, tmp_path)
         assert isinstance(ids[0], str if of == "strings" else int)
         for format, read in READERS.items():
-            path = export_embeddings(runs[of].run_dir, what, format=format, out=tmp_path)  # type: ignore[arg-type]
+            path = _export(sources[of], what, format=format, out=tmp_path)
             found_ids, found = read(path)
             if format == "csv":
                 found_ids = [type(ids[0])(one) for one in found_ids]
@@ -129,8 +159,8 @@ def test_every_format_holds_what_numpy_reads(
             assert np.array_equal(found, vectors), (what, format)
 
 
-def test_the_manifest_describes_its_files(run_dir: Path, tmp_path: Path) -> None:
-    _, vectors = _expected(run_dir, "items", tmp_path)
+def test_the_manifest_describes_its_files(source: Source, tmp_path: Path) -> None:
+    _, vectors = _expected(source, "items", tmp_path)
     found = json.loads((tmp_path / "items.npy.json").read_text())
     assert (found["count"], found["dim"], found["dtype"]) == (*vectors.shape, "float32")
     assert found["is_of_all"]
@@ -142,30 +172,30 @@ def test_the_manifest_describes_its_files(run_dir: Path, tmp_path: Path) -> None
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
     expected = {"min": norms.min(), "mean": norms.mean(), "max": norms.max(), "std": norms.std()}
     assert found["norms"] == pytest.approx(expected, rel=1e-6)
-    mark = run_dir / found["checkpoint"]["path"] / "complete.json"
+    mark = source.config.run_dir / found["checkpoint"]["path"] / "complete.json"
     assert found["checkpoint"]["sha256"] == hashlib.sha256(mark.read_bytes()).hexdigest()
 
 
-def test_narrow_numbers_are_what_their_readers_restore(run_dir: Path, tmp_path: Path) -> None:
-    ids, exact = _expected(run_dir, "items", tmp_path)
-    half = pq.read_table(export_embeddings(run_dir, "items", dtype="float16", out=tmp_path))
+def test_narrow_numbers_are_what_their_readers_restore(source: Source, tmp_path: Path) -> None:
+    ids, exact = _expected(source, "items", tmp_path)
+    half = pq.read_table(_export(source, "items", dtype="float16", out=tmp_path))
     assert str(half.schema.field("embedding").type) == "fixed_size_list<element: halffloat>[16]"
     assert np.array_equal(
         half["embedding"].combine_chunks().values.to_numpy().reshape(exact.shape),
         exact.astype(np.float16),
     )
-    path = export_embeddings(run_dir, "items", format="safetensors", dtype="bfloat16", out=tmp_path)
+    path = _export(source, "items", format="safetensors", dtype="bfloat16", out=tmp_path)
     brain = safetensors.torch.load_file(path)["embeddings"]
     assert torch.equal(brain, torch.from_numpy(exact).bfloat16())
 
-    eighth = pl.read_parquet(export_embeddings(run_dir, "items", dtype="int8", out=tmp_path))
+    eighth = pl.read_parquet(_export(source, "items", dtype="int8", out=tmp_path))
     codes, scales = eighth["embedding"].to_numpy(), eighth["scale"].to_numpy()
     assert eighth.columns == ["id", "scale", "embedding"]
     assert (eighth["id"].to_list(), codes.dtype) == (ids, np.int8)
     restored = codes * scales[:, None]
     assert (np.abs(restored - exact) <= scales[:, None] * 0.5001).all()
     for format, read in (("safetensors", safetensors.numpy.load_file), ("npy", np.load)):
-        path = export_embeddings(run_dir, "items", format=format, dtype="int8", out=tmp_path)  # type: ignore[arg-type]
+        path = _export(source, "items", format=format, dtype="int8", out=tmp_path)
         if format == "npy":
             found = [read(path), read(tmp_path / "items_scales.npy")]
         else:
@@ -218,14 +248,14 @@ def test_the_error_of_rounding_is_of_a_sample_of_many_rows() -> None:
 
 @pytest.mark.parametrize("of", ["strings", "integers"])
 def test_given_ids_are_exported_in_their_order(
-    runs: dict[str, RunConfig], of: str, tmp_path: Path
+    sources: dict[str, Source], of: str, tmp_path: Path
 ) -> None:
     for what in ("items", "users"):
-        ids, vectors = _expected(runs[of].run_dir, what, tmp_path)
+        ids, vectors = _expected(sources[of], what, tmp_path)
         chosen = [7, 0, 19, 3]
         asked = [ids[place] for place in chosen]
         asked[1] = str(asked[1])  # an integer's text names it, too
-        path = export_embeddings(runs[of].run_dir, what, ids=asked, out=tmp_path)  # type: ignore[arg-type]
+        path = _export(sources[of], what, ids=asked, out=tmp_path)
         found_ids, found = _of_parquet(path)
         assert found_ids == [ids[place] for place in chosen]
         # A product of another shape rounds otherwise.
@@ -233,23 +263,23 @@ def test_given_ids_are_exported_in_their_order(
         assert not json.loads((tmp_path / f"{what}.parquet.json").read_text())["is_of_all"]
 
 
-def test_an_unknown_id_is_named_with_a_hint(run_dir: Path, tmp_path: Path) -> None:
+def test_an_unknown_id_is_named_with_a_hint(source: Source, tmp_path: Path) -> None:
     for what, ids, message in (
         ("items", ["i3", "i33"], 'item "i33": not in the prepared dataset .* did you mean "i3'),
         ("users", ["nobody"], 'user "nobody": not in the prepared dataset'),
         ("items", [], "ids: none is given"),
     ):
         with pytest.raises(ValueError, match=message):
-            export_embeddings(run_dir, what, ids=ids, out=tmp_path)  # type: ignore[arg-type]
+            _export(source, what, ids=ids, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("metric", ["inner_product", "cosine"])
 @pytest.mark.parametrize("of", ["strings", "integers"])
 def test_every_index_answers_with_the_ids_that_are_nearest(
-    runs: dict[str, RunConfig], of: str, metric: str, tmp_path: Path
+    sources: dict[str, Source], of: str, metric: str, tmp_path: Path
 ) -> None:
-    ids, vectors = _expected(runs[of].run_dir, "items", tmp_path)
+    ids, vectors = _expected(sources[of], "items", tmp_path)
     keys = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     keys = keys if metric == "cosine" else vectors
     queries = keys[:5]
@@ -261,9 +291,7 @@ def test_every_index_answers_with_the_ids_that_are_nearest(
         {"kind": "pq", "num_parts": 8, "bits": 4},
     ):
         index = IndexConfig(metric=metric, **options)  # type: ignore[arg-type]
-        path = export_embeddings(
-            runs[of].run_dir, "items", format="faiss", index=index, out=tmp_path
-        )
+        path = _export(sources[of], "items", format="faiss", index=index, out=tmp_path)
         _, found = faiss.read_index(str(path)).search(queries, 3)
         beside = _ids_beside(path)
         named = [[beside[one] if beside else one for one in row] for row in found.tolist()]
@@ -281,38 +309,39 @@ def test_every_index_answers_with_the_ids_that_are_nearest(
 def test_a_stage_and_a_checkpoint_are_exported_as_they_are(
     cycle_folder: Path, tmp_path: Path
 ) -> None:
-    trained = {**UNTRAINED, "epochs": 2, "learning_rate": 0.05, "warmup_steps": 0}
+    steps = {"epochs": 2, "learning_rate": 0.05, "warmup_steps": 0, "checkpoint_every": 3}
+    trained = {**UNTRAINED, **steps, "keep_checkpoints": 4}
     config = tiny_config(cycle_folder, run_dir=tmp_path / "run", pretrain=trained)
     pipeline.prepare(config)
     pipeline.pretrain(config)
     finished = load_result(tmp_path / "run/pretrain")
     assert finished is not None
     checkpoints = sorted((tmp_path / "run/pretrain/checkpoints").iterdir())
-    assert len(checkpoints) == 2
+    assert len(checkpoints) > 1
+    tables = {}
     for checkpoint in checkpoints:
-        _, vectors = _expected(checkpoint, "items", tmp_path / checkpoint.name)
         (shard,) = checkpoint.glob("*.safetensors")
-        tables = safetensors.numpy.load_file(shard)
-        (table,) = [
+        (tables[checkpoint],) = [
             value
-            for name, value in tables.items()
+            for name, value in safetensors.numpy.load_file(shard).items()
             if name.startswith("model.") and name.endswith("embeddings.item.weight")
         ]
-        assert np.array_equal(vectors, table)
+        path = export_embeddings(checkpoint, "items", format="npy", out=tmp_path)
+        assert np.array_equal(np.load(path), tables[checkpoint])
+    assert not np.array_equal(tables[checkpoints[0]], tables[checkpoints[1]])
     for stage in (config.run_dir, config.run_dir / "pretrain"):
-        _, served = _expected(stage, "items", tmp_path / "served")
-        best = np.load(tmp_path / finished.checkpoint.name / "items.npy")
-        assert np.array_equal(served, best)
+        path = export_embeddings(stage, "items", format="npy", out=tmp_path)
+        assert np.array_equal(np.load(path), tables[finished.checkpoint])
     with pytest.raises(ValueError, match="prepared: holds no checkpoint; give the folder of a run"):
         export_embeddings(config.run_dir / "prepared", "items")
 
 
 @pytest.mark.parametrize("format", [*WRITERS, "faiss"])
 def test_a_writer_that_fails_leaves_the_former_files_or_none(
-    run_dir: Path, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Source, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def export() -> None:
-        export_embeddings(run_dir, "items", format=format, out=tmp_path)  # type: ignore[arg-type]
+        _export(source, "items", format=format, out=tmp_path)
 
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -351,7 +380,7 @@ def test_settings_that_do_not_go_together_are_refused(
         ExportConfig.model_validate(settings)
 
 
-def test_from_python_too(run_dir: Path) -> None:
+def test_from_python_too(runs: dict[str, RunConfig]) -> None:
     for arguments, message in (
         ({"format": "pickle"}, 'format: unknown "pickle"; use one of parquet, npy'),
         ({"dtype": "bfloat16"}, 'parquet holds .* given "bfloat16"; use .* safetensors'),
@@ -359,7 +388,7 @@ def test_from_python_too(run_dir: Path) -> None:
     ):
         what = arguments.pop("what", "items")
         with pytest.raises(ValueError, match=message):
-            export_embeddings(run_dir, what, **arguments)  # type: ignore[arg-type]
+            export_embeddings(runs["strings"].run_dir, what, **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
