@@ -185,7 +185,8 @@ def test_numpy_files_hold_what_the_parquet_files_do(finished: RunConfig) -> None
 def test_one_export_from_python_goes_where_it_is_asked(finished: RunConfig, tmp_path: Path) -> None:
     path = export_embeddings(finished.run_dir, "items", format="npy", out=tmp_path / "vectors")
     assert path == tmp_path / "vectors/items.npy"
-    assert sorted(file.name for file in path.parent.iterdir()) == ["items.npy", "items_ids.npy"]
+    left = sorted(file.name for file in path.parent.iterdir())
+    assert left == ["items.npy", "items.npy.json", "items_ids.npy"]
     assert np.array_equal(np.load(path), np.load(finished.run_dir / "export/items.npy"))
     with pytest.raises(ValueError, match="holds no run"):
         export_embeddings(tmp_path, "items")

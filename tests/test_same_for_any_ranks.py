@@ -33,6 +33,13 @@ TRANSFORMER = {"dim": 24, "num_layers": 1, "max_length": 8}
 PAIRS = {**STEPS, "objectives": [{"name": "contrastive", "pairs": "user_item"}]}
 # Of each case, the numbers of ranks beside 1. "few users": more ranks than parts of the data.
 RANKS = {"transformer": (2, 3, 5), "two_tower row_wise": (2, 3, 5), "few users": (7,)}
+EXPORTS: dict[str, dict[str, Any]] = {
+    "transformer": {"formats": ["parquet", "npy"], "dtype": "int8"},
+    "two_tower row_wise": {"formats": ["parquet", "npy", "safetensors", "faiss", "csv", "jsonl"]},
+    "few users": {"what": ["users"], "formats": ["parquet", "npy"]},  # and "ids"
+}
+# The files of an evaluation and what is recommended, and those of an export with its manifests.
+NUM_FILES = {"transformer": 6 + 12, "two_tower row_wise": 6 + 30, "few users": 6 + 5}
 
 
 def _write_log(path: Path, num_users: int) -> None:
@@ -67,7 +74,6 @@ def _case(folder: Path, num_users: int, split: dict[str, Any], **sections: Any) 
         "batch_size": 3,
         "candidates": {"num": 99},
     }
-    raw["export"] = {"formats": ["parquet", "npy"]}
     return raw
 
 
@@ -85,6 +91,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         "few users": _case(folder / "c", 5, last, model=TRANSFORMER, finetune=bpr),
     }
+    for name, export in EXPORTS.items():
+        configs[name]["export"] = export
+    (folder / "c/users.txt").write_text("u3\nu0\nu4\n")
+    configs["few users"]["export"]["ids"] = str(folder / "c/users.txt")
     configs["few users"]["evaluate"]["candidates"] = {"path": _write_candidates(folder / "c")}
     cases = {
         name: {"config": config, "user": "u3", "ranks": [1, *RANKS[name]]}
@@ -109,7 +119,7 @@ def test_several_ranks_evaluate_export_and_recommend_the_same_bytes(
     one, several = (_files(results / case / str(num)) for num in (1, num_ranks))
     assert one.keys() == several.keys()
     assert [name for name in one if one[name] != several[name]] == []
-    assert len(one) == 12
+    assert len(one) == NUM_FILES[case]
 
 
 def _files(folder: Path) -> dict[str, bytes]:

@@ -6,10 +6,11 @@ import os
 # takes up to ten times as long; asleep they cost nothing measurable. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from torchrec_pt.config import RunConfig
+from torchrec_pt.config import IndexConfig, RunConfig
 from torchrec_pt.config_file import load_config
 
 __all__ = [
+    "IndexConfig",
     "Recommender",
     "RunConfig",
     "evaluate",

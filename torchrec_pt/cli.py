@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from torchrec_pt import checkpoint_commands
 from torchrec_pt.config import RunConfig
-from torchrec_pt.config_file import load_config
+from torchrec_pt.config_file import load_config, overridden
 from torchrec_pt.files import refused
 from torchrec_pt.launch import RESUMES, end_with_launcher, is_worker, leave_word, run_workers
 
@@ -91,9 +91,49 @@ def evaluate(config: Config, set_: Set = None, workers: Workers = 1) -> None:
 
 
 @app.command()
-def export(config: Config, set_: Set = None, workers: Workers = 1) -> None:
-    """Item and user embeddings to Parquet or NumPy files."""
-    _stage("export", config, set_, workers)
+def export(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="The run's TOML file, its folder, or a checkpoint in it.",
+            metavar="CONFIG.toml|RUN|CHECKPOINT",
+        ),
+    ],
+    what: Annotated[list[str] | None, typer.Option(help="items, users; repeatable.")] = None,
+    format: Annotated[
+        list[str] | None,
+        typer.Option(help="parquet, npy, safetensors, faiss, csv, jsonl; repeatable."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16, bfloat16 (of safetensors), int8.")
+    ] = None,
+    index: Annotated[str | None, typer.Option(help="Of faiss: flat, ivf, hnsw, pq.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Of that index: inner_product, cosine.")
+    ] = None,
+    ids: Annotated[
+        Path | None, typer.Option(help="Text file of external ids, one a line; default: all.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: <run_dir>/export.")] = None,
+    set_: Set = None,
+    workers: Workers = 1,
+) -> None:
+    """Item and user embeddings to files; each option is a key of [export]."""
+    given = {
+        "what": what,
+        "formats": format,
+        "dtype": dtype,
+        "index.kind": index,
+        "index.metric": metric,
+        "ids": ids and str(ids),
+        "out": out and str(out),
+    }
+    options = [
+        f"export.{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in given.items()
+        if value
+    ]
+    _stage("export", run, [*(set_ or ()), *options], workers)
 
 
 @app.command()
@@ -150,8 +190,13 @@ _STAGES = {"export": "export_run", "report": "report_run"}
 
 
 def _stage(command: str, config: Path, overrides: list[str] | None, workers: int = 1) -> Any:
-    """A stage here, or with `workers` in as many processes, whose end is then this one's."""
-    settings = load_config(config, overrides or ())
+    """A stage here, or with `workers` in as many processes, whose end is then this one's.
+
+    Args:
+        config: of export, a folder too.
+    """
+    is_folder = command == "export" and config.is_dir()
+    settings = (_config_of if is_folder else load_config)(config, overrides or ())
     with _interruptible():
         if workers > 1:
             arguments = [command, str(config), *(f"--set={one}" for one in overrides or ())]
@@ -164,11 +209,21 @@ def _stage(command: str, config: Path, overrides: list[str] | None, workers: int
 
         from torchrec_pt import pipeline
         from torchrec_pt import tune as search
+        from torchrec_pt.export import export_all
 
         module = search if command == "tune" else pipeline
         stage: Callable[..., Any] = getattr(module, _STAGES.get(command, command))
         with _joined():
+            if is_folder:
+                return export_all(config, settings.export, console)
             return stage(settings, console)
+
+
+def _config_of(folder: Path, overrides: Sequence[str]) -> RunConfig:
+    """Of the run that the folder is, or lies in."""
+    from torchrec_pt.runs import find_run, load_run_config
+
+    return overridden(load_run_config(find_run(folder)), overrides)
 
 
 @contextlib.contextmanager

@@ -53,6 +53,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
+def overridden(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A configuration that was read before, with `a.b=value` overrides of `load_config`.
+
+    Raises:
+        ConfigError: unknown key, bad value or bad override.
+    """
+    raw = config.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
+        _apply_override(raw, override)
+    return resolved(raw)
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")

@@ -24,7 +24,7 @@ from torchrec_pt.data.prepare import is_prepared_from
 from torchrec_pt.data.prepare import prepare as prepare_dataset
 from torchrec_pt.distributed import joined_ranks, raised_together
 from torchrec_pt.evaluation import TaskEvaluation, evaluate_pairs, evaluate_ranking
-from torchrec_pt.export import export_embeddings
+from torchrec_pt.export import check_export, export_all
 from torchrec_pt.files import whole_file, write_json
 from torchrec_pt.held_out import held_out
 from torchrec_pt.objectives.build import build_objectives
@@ -33,8 +33,6 @@ from torchrec_pt.runs import (
     TAKEN_OVER,
     StageResult,
     finished_stages,
-    is_of_ranking,
-    served_stage,
 )
 from torchrec_pt.stages import Stage, entered, train_stage
 from torchrec_pt.train import OnValidation
@@ -213,23 +211,9 @@ def evaluate(
 
 
 def export_run(config: RunConfig, console: Console | None = None) -> list[Path]:
-    """The embeddings that [export] names, of the served model, to <run_dir>/export."""
-    with entered(config, console) as stage:
-        paths: list[Path] = []
-        for what in config.export.what:
-            for format in config.export.formats:
-                path = export_embeddings(config.run_dir, what, format=format)
-                paths.append(path)
-                stage.say(f"export: {what} in {path}")
-        ranking = config.finetune.ranking
-        if ranking is not None and ranking.head == "mlp":
-            served = served_stage(config, _load_prepared(stage))
-            if is_of_ranking(served):
-                stage.say(
-                    "export: the served model ranks by its mlp head, so inner products of these "
-                    "vectors alone do not reproduce its ranking; ask Recommender for that"
-                )
-        return paths
+    """What [export] names, of the served model."""
+    with entered(config, console):
+        return export_all(config.run_dir, config.export, console)
 
 
 def recommend(
@@ -289,6 +273,7 @@ def check(config: RunConfig, dataset: PreparedDataset) -> None:
     require_rows(dataset.manifest, "test")
     _check_show(config.show, dataset)
     _check_candidates(config.evaluate, dataset)
+    check_export(config, dataset)
 
 
 def _check_show(show: ShowConfig, dataset: PreparedDataset) -> None:

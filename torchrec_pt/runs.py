@@ -8,7 +8,8 @@
 <run_dir>/evaluate/            result.json; ranking.parquet and sampled_ranking.parquet (metrics of
                                each user), ctr.parquet and rating.parquet (each test interaction
                                with its predictions)
-<run_dir>/export/              items and users, .parquet or .npy
+<run_dir>/export/              items and users, in the formats of [export], and of each file what it
+                               is (<file>.json)
 <run_dir>/report.html          all of it on one page
 """
 
@@ -178,6 +179,22 @@ def find_checkpoint(path: Path) -> Path | None:
     return next((one for one in candidates if (one / checkpoint.MARK).is_file()), None)
 
 
+def find_run(path: Path) -> Path:
+    """The folder of the run that `path` is, or lies in.
+
+    Raises:
+        ValueError: no run there.
+    """
+    for folder in (path, *path.resolve().parents):
+        if (folder / "config.json").is_file():
+            return folder
+    raise _no_run(path)
+
+
+def _no_run(path: Path) -> ValueError:
+    return ValueError(f"{path}: holds no run; give the run_dir of a finished torchrec-pt run")
+
+
 def load_run_config(run_dir: Path) -> RunConfig:
     """The resolved configuration of a run, wherever its folder is now.
 
@@ -187,9 +204,7 @@ def load_run_config(run_dir: Path) -> RunConfig:
     try:
         config = RunConfig.model_validate_json((run_dir / "config.json").read_text())
     except (OSError, ValueError):
-        raise ValueError(
-            f"{run_dir}: holds no run; give the run_dir of a finished torchrec-pt run"
-        ) from None
+        raise _no_run(run_dir) from None
     return config.model_copy(update={"run_dir": run_dir})
 
 

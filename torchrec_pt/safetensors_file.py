@@ -49,20 +49,30 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> str:
+def write_safetensors(
+    path: Path,
+    entries: Sequence[Entry],
+    metadata: Mapping[str, str],
+    *,
+    in_order: bool = False,
+) -> str:
     """Write a file, and have the disk hold it; never more than one block is copied.
 
     Args:
         entries: names are unique.
+        in_order: as they are given; then each begins at a multiple of its own item size all the
+            same. By default they go from wide to narrow, which sees to that.
     Returns:
         Hexadecimal SHA-256 of the file.
     """
-    # From wide to narrow, so that each tensor begins at a multiple of its own item size.
-    ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+    ordered = list(entries)
+    if not in_order:
+        ordered.sort(key=lambda entry: -entry.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for entry in ordered:
         begin, end = end, end + entry.num_bytes
+        assert begin % entry.dtype.itemsize == 0, entry.name
         header[entry.name] = {
             "dtype": _DTYPES[entry.dtype],
             "shape": entry.shape,

@@ -17,6 +17,7 @@ from torchrec_pt.config.data import (
     Split,
     TemporalSplit,
 )
+from torchrec_pt.config.export import ExportConfig, IndexConfig
 from torchrec_pt.config.model import (
     AutoencoderConfig,
     BackboneConfig,
@@ -40,7 +41,6 @@ from torchrec_pt.config.objectives import (
 from torchrec_pt.config.run import (
     Candidates,
     EvaluateConfig,
-    ExportConfig,
     RunConfig,
     ShowConfig,
 )
@@ -76,6 +76,7 @@ __all__ = [
     "Filters",
     "FinetuneConfig",
     "GivenSplit",
+    "IndexConfig",
     "InteractionName",
     "ItemPrediction",
     "LeaveOneOutSplit",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from torchrec_pt.config.data import DataConfig
+from torchrec_pt.config.export import ExportConfig
 from torchrec_pt.config.model import ModelConfig, TransformerConfig
 from torchrec_pt.config.section import Section
 from torchrec_pt.config.tasks import FinetuneConfig
@@ -42,11 +43,6 @@ class EvaluateConfig(Section):
     candidates: Candidates | None = Field(
         None, description="ranks by the sampled protocol too: num = 99, or path"
     )
-
-
-class ExportConfig(Section):
-    what: tuple[Literal["items", "users"], ...] = ("items", "users")
-    formats: tuple[Literal["parquet", "npy"], ...] = Field(("parquet",), min_length=1)
 
 
 class ShowConfig(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -214,17 +214,36 @@ def _find(ids: pl.Series, text: str) -> int | None:
 
 
 def _index_of(ids: pl.Series, external_id: str | int, what: str) -> int:
-    text = str(external_id)
-    found = _find(ids, text)
-    if found is not None:
-        return found
+    found = _find(ids, str(external_id))
+    if found is None:
+        raise _unknown(ids, external_id, what)
+    return found
+
+
+def indices_of(ids: pl.Series, wanted: Sequence[str | int], what: str) -> Tensor:
+    """(N,) int64 places of N external ids among `ids`; "242" and 242 name the same one.
+
+    Raises:
+        DataError: one that is not there.
+    """
+    known = pl.DataFrame({"text": ids.cast(pl.String)}).with_row_index("place")
+    asked = pl.DataFrame({"text": map(str, wanted)}, schema={"text": pl.String})
+    places = asked.join(known, on="text", how="left", maintain_order="left")["place"]
+    if places.has_nulls():
+        raise _unknown(ids, wanted[int(places.is_null().arg_max() or 0)], what)
+    return _tensor(places, pl.Int64)
+
+
+def _unknown(ids: pl.Series, external_id: str | int, what: str) -> DataError:
     if ids.dtype == pl.String:
         # Fuzzy matching is slow: the head of the list is enough for a hint.
-        near = difflib.get_close_matches(text, ids.head(10_000).to_list(), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(
+            str(external_id), ids.head(10_000).to_list(), n=1, cutoff=0.6
+        )
         hint = f'did you mean "{near[0]}"?' if near else f"an id looks like {ids[0]!r}"
     else:
         hint = f"ids are integers from {ids.min()!r} to {ids.max()!r}"
-    raise DataError(
+    return DataError(
         f'{what} "{external_id}": not in the prepared dataset (it may have been filtered out); '
         f"{hint}"
     )
