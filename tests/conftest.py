@@ -143,7 +143,11 @@ def finished_run(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
             "learning_rate": 0.02,
             "objectives": [{"name": "masked_item"}],
         },
-        finetune={"ranking": steps, "ctr": {**steps, "positive_rating": 3}, "rating": steps},
+        finetune={
+            "ranking": steps,
+            "ctr": {**steps, "positive_rating": 3},
+            "rating": {**steps, "control": "scratch"},
+        },
         evaluate={"ks": [5], "baselines": ["popularity"]},
     ).model_copy(update={"run_dir": tmp_path_factory.mktemp("finished_run")})
     with joined_ranks():

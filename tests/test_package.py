@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from torchrec_pt import Recommender, export_package
+from tests.conftest import RUN
+from torchrec_pt import Recommender, cli, export_package
 from torchrec_pt.config import RunConfig
 from torchrec_pt.distributed import joined_ranks
 from torchrec_pt.runs import load_run_config
@@ -46,9 +48,7 @@ def test_it_holds_no_leftovers_of_training_and_no_path_of_this_machine(
     names = {name.rpartition("/")[2] for name in files}
     assert not names & {"plan.json", "report.html", "ranking.parquet"}
     assert not any("tensorboard" in name or "export/" in name for name in files)
-    for stage in ("pretrain", "finetune/ranking/pretrained", "finetune/ctr/scratch"):
-        if stage.endswith("scratch") and not (finished_run.run_dir / stage).is_dir():
-            continue
+    for stage in ("pretrain", "finetune/ranking/pretrained", "finetune/rating/scratch"):
         kept = {name.split("/")[-2] for name in files if name.startswith(f"{stage}/checkpoints")}
         best = json.loads((package / stage / "result.json").read_text())["checkpoint"]
         assert kept == {Path(best).name}
@@ -71,6 +71,25 @@ def test_the_card_has_the_test_metrics_with_intervals_and_what_it_was_trained_on
     assert load_run_config(package).model_copy(update={"run_dir": Path()}).digest() in card
     for heading in ("Trained on", "Test", "Intended use", "Limits"):
         assert f"\n## {heading}\n" in card
+
+
+def test_the_shell_makes_the_same_package(
+    finished_run: RunConfig, package: Path, cycle_folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.toml"
+    log = cycle_folder / "log.tsv"
+    path.write_text(RUN.format(run_dir=finished_run.run_dir, log=log, epochs=1))
+    done = CliRunner().invoke(cli.app, ["package", str(path), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    made, expected = (
+        {
+            file.relative_to(folder): file.read_bytes()
+            for file in folder.rglob("*")
+            if file.is_file()
+        }
+        for folder in (tmp_path / "out", package)
+    )
+    assert made == expected
 
 
 def test_a_folder_that_stands_and_a_run_that_is_none_are_refused(
