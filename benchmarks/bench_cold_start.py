@@ -48,20 +48,20 @@ METRICS = ("ndcg@10", "hr@10")
 MODEL = {
     "backbone": "autoencoder",
     "dim": 64,
-    "hidden_dims": [],
+    "hidden_dims": [128],
     "max_length": 1000,
     "dropout": 0.0,
-    "row_dropout": 0.8,
+    "row_dropout": 0.5,
 }
 PRETRAIN = {
     "epochs": 60,
     "batch_size": 100,
     "learning_rate": 3e-3,
-    "weight_decay": 0.1,
+    "weight_decay": 0.01,
     "warmup_steps": 0,
     "schedule": "constant",
     "average_decay": 0.99,
-    "validate_every": 10,
+    "validate_every": 20,
     "objectives": [{"name": "autoencoder", "loss": "multinomial", "corruption": 0.5}],
 }
 
@@ -229,12 +229,13 @@ def main() -> None:
     console = Console(width=max(Console().width, 120))
     header = conditions("cpu")
     seeds: dict[str, dict[str, Any]] = {}
-    if arguments.only is not None and arguments.out.with_suffix(".json").exists():
-        seeds = json.loads(arguments.out.with_suffix(".json").read_text())["seeds"]
     for seed in range(arguments.seeds) if arguments.only is None else [arguments.only]:
-        seeds[str(seed)] = run_seed(seed, console)
-        found = {"model": MODEL, "pretrain": PRETRAIN, "share": SHARE, "known": KNOWN}
-        write_json(arguments.out, header, found | {"seeds": dict(sorted(seeds.items()))})
+        found = run_seed(seed, console)
+        if arguments.only is not None and arguments.out.with_suffix(".json").exists():
+            seeds = json.loads(arguments.out.with_suffix(".json").read_text())["seeds"]
+        seeds[str(seed)] = found
+        settings = {"model": MODEL, "pretrain": PRETRAIN, "share": SHARE, "known": KNOWN}
+        write_json(arguments.out, header, settings | {"seeds": dict(sorted(seeds.items()))})
     report(seeds, console)
 
 

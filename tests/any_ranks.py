@@ -36,16 +36,16 @@ def _work(rank: int, num_ranks: int, store: str, config: RunConfig, user: str, o
     with pytest.raises(DataError, match="nobody"):
         pipeline.recommend(config, "nobody", 1)
     recommender = Recommender.load(config.run_dir)
-    first = recommender.first_user
+    first, items = recommender.first_user, recommender.dataset.items["external_id"].to_list()[:6]
     offered.append(
         [
             recommender.recommend(user, k=4, diversity=0.5, explain=True),
             [[one.item for one in each] for each in recommender.recommend_many([user, first])],
-            recommender.similar_items("i3", filter=ItemFilter(without=["i4"])),
-            recommender.score(["i1", "i7"], user=user, task="ranking"),
-            recommender.score(["i1", "i7"], user=user),
-            recommender.predict_rating(["i1", "i7"], history=["i2"]),
-            recommender.embed_items(["i9", "i0"]).tolist(),
+            recommender.similar_items(items[0], filter=ItemFilter(without=items[1:3])),
+            recommender.score(items, user=user, task="ranking"),
+            recommender.score(items, user=user),
+            recommender.predict_rating(items, history=items[2:]),
+            recommender.embed_items(items).tolist(),
         ]
     )
     if rank == 0:
