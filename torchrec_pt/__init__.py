@@ -11,10 +11,12 @@ from torchrec_pt.config_file import load_config
 
 __all__ = [
     "IndexConfig",
+    "ItemFilter",
     "Recommender",
     "RunConfig",
     "evaluate",
     "export_embeddings",
+    "export_package",
     "export_run",
     "finetune",
     "load_config",
@@ -26,9 +28,11 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
+    "ItemFilter": "item_filter",
     "Recommender": "recommender",
     "evaluate": "pipeline",
     "export_embeddings": "export",
+    "export_package": "package",
     "export_run": "pipeline",
     "finetune": "pipeline",
     "prepare": "pipeline",
