@@ -10,10 +10,12 @@ from torchrec_pt.config import RunConfig
 from torchrec_pt.config_file import load_config
 
 __all__ = [
+    "ItemFilter",
     "Recommender",
     "RunConfig",
     "evaluate",
     "export_embeddings",
+    "export_package",
     "export_run",
     "finetune",
     "load_config",
@@ -25,9 +27,11 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
+    "ItemFilter": "item_filter",
     "Recommender": "recommender",
     "evaluate": "pipeline",
     "export_embeddings": "export",
+    "export_package": "package",
     "export_run": "pipeline",
     "finetune": "pipeline",
     "prepare": "pipeline",

@@ -131,6 +131,19 @@ def recommend(
 
 
 @app.command()
+def package(
+    config: Config,
+    out: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
+    set_: Set = None,
+) -> None:
+    """The finished run as a folder to hand on: model, data, a model card; no training leftovers."""
+    from torchrec_pt.package import export_package
+
+    made = export_package(load_config(config, set_ or ()).run_dir, out)
+    console.print(f"package: {made}", highlight=False)
+
+
+@app.command()
 def schema() -> None:
     """JSON schema of the configuration, for editors."""
     print(json.dumps(RunConfig.model_json_schema(), indent=2))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchrec_pt.data.batch import Draw, Embedded, lookup_ids
 from torchrec_pt.data.jagged import Jagged
-from torchrec_pt.distributed import Ranks, gather_each, gather_integers
+from torchrec_pt.distributed import Ranks, gather_each, gather_integers, sum_over_ranks
 from torchrec_pt.learner import Learner
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.ranking_head import InnerHead
@@ -24,6 +24,7 @@ from torchrec_pt.tasks.ranking import RankingTask
 
 ITEM_BLOCK = 512
 BLOCKS_PER_LOOKUP = 128
+SCORES_AT_A_TIME = 2**18  # of a search: they stay in the cache from one step to the next
 
 Query = TypeVar("Query", Tensor, Jagged)
 
@@ -52,8 +53,8 @@ class ModelScorer:
         self.history = history
         self.head = head or InnerHead()
         self.device = ranks.device
-        self._first = own_items(backbone.items.num_items, ranks).start
-        self._vectors = encode_own_items(backbone, ranks)
+        self._own = own_items(backbone.items.num_items, ranks)
+        self.own_vectors = encode_own_items(backbone, ranks)
 
     def queries(self, users: Tensor) -> Tensor:
         history = self.history.select(users).to(self.device)
@@ -67,8 +68,24 @@ class ModelScorer:
     @torch.no_grad()
     def scores(self, queries: Tensor, items: range) -> Tensor:
         ids = torch.arange(items.start, items.stop, device=self.device)
-        keys = self.head.of_items(ids, self._vectors[ids - self._first])
-        return self.head.of_block(queries, keys)
+        return self.head.of_block(queries, self.head.of_items(ids, self.own_vectors_of(items)))
+
+    @torch.no_grad()
+    def scores_of(self, queries: Tensor, ids: Tensor) -> Tensor:
+        """(B, N) float32 of any items (N,) int64; all ranks call it with the same."""
+        return self.head.of_block(queries, self.head.of_items(ids, self.vectors(ids)))
+
+    def own_vectors_of(self, items: range) -> Tensor:
+        """(len(items), D) of some of this rank's items."""
+        return self.own_vectors[items.start - self._own.start : items.stop - self._own.start]
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        """(N, D) of any items (N,) int64; all ranks call it with the same."""
+        place = ids - self._own.start
+        is_own = (place >= 0) & (place < len(self._own))
+        vectors = self.own_vectors.new_zeros(len(ids), self.own_vectors.shape[1])
+        vectors[is_own] = self.own_vectors[place[is_own]]
+        return sum_over_ranks(vectors)
 
 
 def head_of(learner: Learner) -> InnerHead:
@@ -187,22 +204,35 @@ def top_items(
     k: int,
     num_items: int,
     ranks: Ranks,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k best items of each query that are not in its row of `seen`.
 
+    No more scores are held than SCORES_AT_A_TIME, or those of one block of items.
+
     Args:
         queries: B rows, the same on every rank.
+        allowed: (num_items,) bool, which items are candidates; None: all.
     Returns:
         ids (B, k) int64 and scores (B, k) float32, best first; −inf where candidates ran out.
     """
     num_rows = len(queries) if isinstance(queries, Tensor) else queries.num_rows
     best = BestItems(num_rows, min(k, num_items), ranks.device)
     hidden = None if seen is None else ByItem(seen.to(ranks.device))
-    for block in item_blocks(own_items(num_items, ranks)):
-        scores = scorer.scores(queries, block).to(ranks.device)
+    refused = None if allowed is None else ~allowed.to(ranks.device)
+    own, per_visit = own_items(num_items, ranks), SCORES_AT_A_TIME // max(num_rows, 1)
+    blocks = item_blocks(own)
+    visited = max(1, per_visit // ITEM_BLOCK)
+    for first in range(0, len(blocks), visited):
+        together = blocks[first : first + visited]
+        items = range(together[0].start, together[-1].stop)
+        scores = torch.cat([scorer.scores(queries, block) for block in together], dim=1)
+        scores = scores.to(ranks.device)
         if hidden is not None:
-            hidden.hide(scores, block)
-        best.add(scores, block)
+            hidden.hide(scores, items)
+        if refused is not None:
+            scores.masked_fill_(refused[items.start : items.stop], -torch.inf)
+        best.add(scores, items)
     best.merge_ranks()
     return best.ids, best.scores
 
@@ -220,12 +250,19 @@ class BestItems:
 
     def add(self, scores: Tensor, items: range) -> None:
         """Scores (B, len(items)) float32; −inf for what is no candidate."""
+        if not self._best.numel():
+            return
+        # Soon few rows find an item that is better than their k-th.
+        rows = torch.nonzero(scores.amax(1) >= self.scores[:, -1]).squeeze(1)
+        if not len(rows):
+            return
         ids = torch.arange(items.start, items.stop, device=scores.device)
-        self._keep_best([self._best, (_place(scores) << 32) + (_LAST_ID - ids)])
+        found = (_place(scores[rows]) << 32) + (_LAST_ID - ids)
+        self._best[rows] = self._largest([self._best[rows], found])
 
     def merge_ranks(self) -> None:
         """Of what all ranks added; every rank calls it."""
-        self._keep_best(gather_each(self._best))
+        self._best = self._largest(gather_each(self._best))
 
     @property
     def ids(self) -> Tensor:
@@ -242,8 +279,8 @@ class BestItems:
         is_candidate = self.scores > -torch.inf
         return Jagged.from_lengths(self.ids[is_candidate], is_candidate.sum(1))
 
-    def _keep_best(self, parts: list[Tensor]) -> None:
-        self._best = torch.cat(parts, dim=1).topk(self._best.shape[1]).values
+    def _largest(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, dim=1).topk(self._best.shape[1]).values
 
 
 _LAST_ID = 2**32 - 1

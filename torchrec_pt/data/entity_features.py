@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 import torch
 from torch import Tensor
 
+from torchrec_pt.config import Feature
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.errors import DataError
+from torchrec_pt.data.features import typed_feature
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.manifest import FeatureSummary
+from torchrec_pt.data.text_encoder import find_encoders, load_encoder
 
 Of = Literal["user", "item", "interaction"]
 UNKNOWN = 0  # the vocabulary id of a value unseen in training, and of an empty cell
@@ -62,6 +67,70 @@ def load_entity_features(dataset: PreparedDataset, of: Of) -> EntityFeatures:
         "item": (dataset.items, dataset.num_items),
         "interaction": (dataset.interaction_features, len(dataset.split)),
     }[of]
+    return _read(dataset, of, table, num_rows, dataset.text_vectors)
+
+
+def new_item_features(
+    dataset: PreparedDataset, items: Sequence[Mapping[str, Any]]
+) -> EntityFeatures:
+    """Of items that the dataset does not hold, by what is said of them.
+
+    Args:
+        items: column -> value of each, as in the raw data; what is not said is unknown.
+    Raises:
+        DataError: a column that is no item feature, a value of another type, or a text whose
+            encoder is not here.
+    """
+    features = [s.feature for s in dataset.manifest.features if s.feature.of == "item"]
+    known = [feature.column for feature in features]
+    for name in dict.fromkeys(name for item in items for name in item):
+        if name not in known:
+            raise DataError(
+                f'features: the model knows no item feature "{name}"; use some of '
+                f"{', '.join(known) or 'none'}"
+            )
+    table = pl.DataFrame([_typed(feature, items) for feature in features])
+
+    def encoded(summary: FeatureSummary) -> Tensor:
+        (encoder,) = find_encoders([summary.feature])
+        if encoder.sha256 != summary.encoder_sha256:
+            raise DataError(
+                f"{encoder.where}: {encoder.folder} is another encoder than the one the data was "
+                "prepared with; put that one there"
+            )
+        texts = table[summary.feature.column].fill_null("")
+        vectors = torch.from_numpy(load_encoder(encoder)(texts.to_list()))
+        vectors[torch.from_numpy((texts.str.strip_chars() == "").to_numpy(writable=True))] = 0
+        return vectors
+
+    return _read(dataset, "item", table, len(items), encoded)
+
+
+def _typed(feature: Feature, items: Sequence[Mapping[str, Any]]) -> pl.Series:
+    """What the items say of a feature, of the type that `prepare` gives its column."""
+    try:
+        column = pl.Series(feature.column, [item.get(feature.column) for item in items])
+        typed = typed_feature(column.to_frame(), feature)[feature.column]
+        return typed.cast(pl.Float64) if feature.kind == "numeric" else typed
+    except (pl.exceptions.PolarsError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"features: {feature.column} must be values of one type, as in the raw data "
+            f"({feature.kind}), {reason}; mend them"
+        ) from None
+
+
+def _read(
+    dataset: PreparedDataset,
+    of: Of,
+    table: pl.DataFrame,
+    num_rows: int,
+    text_vectors: Callable[[FeatureSummary], Tensor],
+) -> EntityFeatures:
+    """Args:
+    table: typed as in `prepare`.
+    text_vectors: (num_rows, dim) of an encoded text.
+    """
     categorical: dict[str, Jagged] = {}
     num_values: dict[str, int] = {}
     pooling: dict[str, str] = {}
@@ -83,7 +152,7 @@ def load_entity_features(dataset: PreparedDataset, of: Of) -> EntityFeatures:
             vectors = (
                 _vectors(table[name], summary.dim)
                 if feature.kind == "vector"
-                else dataset.text_vectors(summary)
+                else text_vectors(summary)
             )
             dense[name] = vectors.div_(summary.scale)
         else:
@@ -119,6 +188,11 @@ def _standardized(cells: pl.Series, summary: FeatureSummary) -> Tensor:
 
 
 def _vectors(cells: pl.Series, dim: int) -> Tensor:
+    odd = cells.drop_nulls().list.len().filter(cells.drop_nulls().list.len() != dim)
+    if len(odd):
+        raise DataError(
+            f"features: vectors of {cells.name} have {dim} numbers, given {odd[0]}; mend them"
+        )
     values = cells.drop_nulls().explode().to_numpy(writable=True)
     vectors = torch.zeros(len(cells), dim)
     is_given = torch.from_numpy(cells.is_not_null().to_numpy(writable=True))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrec_pt.config import BackboneConfig
+from torchrec_pt.data.entity_features import EntityFeatures
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.models.item_content import ItemContent
 from torchrec_pt.models.item_table import ItemTable
@@ -51,6 +54,31 @@ class Backbone(nn.Module, ABC):
             noise: of row_dropout, one row an item; None outside training.
         """
         return rows if self.content is None else self.content(ids, rows, self.heard(noise))
+
+    @torch.no_grad()
+    def encode_new_items(self, features: EntityFeatures) -> Tensor:
+        """(N, D) vectors of N items that the model was not made with, by their features alone.
+
+        Raises:
+            ValueError: the model reads no item features.
+        """
+        model = self.over_new_items(features)
+        if model is None:
+            raise ValueError(
+                "new items: the model reads no item features, so nothing is known of an item "
+                "without a row; train one with model.item_content and item features"
+            )
+        ids = torch.arange(features.num_rows, device=next(self.parameters()).device)
+        rows = torch.zeros(len(ids), self.items.dim, device=ids.device)
+        return model.encode_items(ids, model.represent(ids, rows))
+
+    def over_new_items(self, features: EntityFeatures) -> Backbone | None:
+        """The same model, to encode other items with; None where it reads no item features."""
+        if self.content is None:
+            return None
+        other = copy.copy(self)
+        other._modules = {**self._modules, "content": self.content.over(features)}
+        return other
 
     def heard(self, noise: RowNoise | None) -> RowNoise | None:
         """What the randomness of a step comes to: a frozen backbone has none."""

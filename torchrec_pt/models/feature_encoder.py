@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import torch
@@ -51,15 +52,26 @@ class FeatureEncoder(nn.Module):
                 for column, values in features.dense.items()
             }
         )
+        for name, values in self._rows(features).items():
+            self.register_buffer(name, values, persistent=False)
+
+    def over(self, features: EntityFeatures) -> FeatureEncoder:
+        """The same tables and layers, read for other entities; features of the same columns."""
+        other = copy.copy(self)
+        device = next(self.parameters()).device if self.num_fields else None
+        other._buffers = {name: rows.to(device) for name, rows in self._rows(features).items()}
+        return other
+
+    def _rows(self, features: EntityFeatures) -> dict[str, Tensor]:
+        rows: dict[str, Tensor] = {}
         unknown = Jagged(torch.tensor([UNKNOWN]), torch.tensor([0, 1]))
         for column, name in self._tables.items():
             cells = Jagged.stack([unknown, features.categorical[column]])
-            self.register_buffer(f"{name}_values", cells.values, persistent=False)
-            self.register_buffer(f"{name}_offsets", cells.offsets, persistent=False)
+            rows |= {f"{name}_values": cells.values, f"{name}_offsets": cells.offsets}
         for column, name in self._layers.items():
             values = features.dense[column]
-            values = torch.cat([values.new_zeros(1, values.shape[1]), values])
-            self.register_buffer(f"{name}_dense", values, persistent=False)
+            rows[f"{name}_dense"] = torch.cat([values.new_zeros(1, values.shape[1]), values])
+        return rows
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, num_fields, dim) of entities (B,) int64; of −1 nothing is known."""

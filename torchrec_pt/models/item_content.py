@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -51,3 +52,10 @@ class ItemContent(nn.Module):
         Each item should stand among `ids` once, else its features are encoded as often.
         """
         return self.hiding(ids, rows, noise) + self.features(ids).sum(1)
+
+    def over(self, features: EntityFeatures) -> ItemContent:
+        """Of other items, none of which training saw."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "features": self.features.over(features)}
+        other.hiding = replace(self.hiding, num_trained=0)
+        return other

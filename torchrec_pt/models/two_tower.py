@@ -8,7 +8,9 @@ at first: it starts near matrix factorization.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -45,6 +47,14 @@ class TwoTower(Backbone):
     def represent(self, ids: Tensor, rows: Tensor, noise: RowNoise | None = None) -> Tensor:
         """Rows, some of them hidden; the item tower reads the features."""
         return rows if self.hiding is None else self.hiding(ids, rows, self.heard(noise))
+
+    def over_new_items(self, features: EntityFeatures) -> TwoTower | None:
+        if self.hiding is None:
+            return None
+        other = copy.copy(self)
+        other._modules = {**self._modules, "item_features": self.item_features.over(features)}
+        other.hiding = replace(self.hiding, num_trained=0)
+        return other
 
     def layers(self) -> list[dict[str, list[str]]]:
         embeddings = {

@@ -217,6 +217,20 @@ class PairTask(nn.Module, ABC):
             tensors=tensors,
         )
 
+    def draw_unrecorded(self, history: Jagged, targets: Jagged) -> Draw:
+        """Rows of items (targets) that are asked of somebody whose history, of items too, stands
+        in no file: its labels and times are unknown."""
+        history = history.tail(self.history_length)
+        unknown, asked = history.values, targets.values
+        tensors = {
+            "history_label": torch.full(unknown.shape, torch.nan),
+            "interaction": torch.full_like(asked, NO_INTERACTION),
+        }
+        if self.dataset.timestamp is not None:
+            tensors["history_time"] = torch.full(unknown.shape, torch.nan, dtype=torch.float64)
+            tensors["time"] = torch.full(asked.shape, torch.nan, dtype=torch.float64)
+        return Draw(lookups={"history": history, "target": targets}, tensors=tensors)
+
     def labels_of(self, interactions: Tensor) -> Tensor:
         """(P,) float32; what was drawn and never happened is 0."""
         return torch.where(interactions == NO_INTERACTION, 0.0, self.labels[interactions])
