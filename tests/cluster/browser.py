@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -40,6 +41,7 @@ class Page:
         ]
         self.problems: list[str] = []
         self._numbers = itertools.count(1)
+        self._opened = contextlib.ExitStack()
         self._process = subprocess.Popen(
             [program, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -54,12 +56,14 @@ class Page:
         port = port_file.read_text().splitlines()[0]
         with urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
             (target,) = (one for one in json.load(answer) if one["type"] == "page")
-        self._socket = connect(target["webSocketDebuggerUrl"], max_size=None)
+        address = target["webSocketDebuggerUrl"]
+        self._socket = self._opened.enter_context(connect(address, max_size=None))
         for domain in ("Runtime", "Log", "Page"):
             self.send(f"{domain}.enable")
         self.send("Page.navigate", url=url)
 
     def close(self) -> None:
+        self._opened.close()
         self._process.kill()
         self._process.wait()
 

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray  # noqa: F401 - brings psutil along
 from rich.console import Console
 
 from cluster.nodes import ENVIRONMENT
 from cluster.packing import ROOT
+from cluster.serve import main
 from cluster.serve_api import PAGE
 from cluster.serve_export import digest_of
 from tests.cluster.browser import Page, find_browser, wait_until
@@ -33,7 +35,7 @@ from torchrec_pt.item_filter import ItemFilter
 from torchrec_pt.package import export_package
 from torchrec_pt.recommender import Recommendation, Recommender
 
-import psutil  # type: ignore[import-untyped]  # isort: skip - Ray brings it along
+import psutil  # isort: skip
 
 STEPS = {"epochs": 2, "batch_size": 10, "learning_rate": 0.02, "warmup_steps": 0}
 TITLE = {"column": "title", "of": "item", "kind": "text"}
@@ -95,9 +97,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     head, *rows = (folder / "log.tsv").read_text().splitlines()
     titled = [f"{row}\t<i>Film</i> {row.split(chr(9))[1][1:]}" for row in rows]
     (folder / "log.tsv").write_text("\n".join([f"{head}\ttitle", *titled]) + "\n")
-    tasks = dict.fromkeys(("ctr", "ranking", "rating"), STEPS)
+    tasks = {"ctr": {**STEPS, "positive_rating": 4}, "ranking": STEPS, "rating": STEPS}
     for name, more in (("first", {"finetune": tasks}), ("second", {"seed": 1})):
-        # Another seed splits no users otherwise: the second has the first's data.
         config = tiny_config(folder, [*FEATURES, TITLE], **more)
         config = config.model_copy(update={"run_dir": folder / f"run-{name}"})
         with (folder / "said").open("w") as said:
@@ -478,7 +479,13 @@ def look_around(page: Page, recommender: Recommender) -> None:
 # --- mistakes on the command line ---------------------------------------------------------------
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(exports: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(
+    exports: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for words, line in (
@@ -489,14 +496,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(exports: Path, tmp_path: Path) ->
                 f"--port: cannot listen at 127.0.0.1:{port}, Address already in use; ",
             ),
         ):
-            environment = {name: os.environ[name] for name in os.environ if name != "RAY_ADDRESS"}
-            done = subprocess.run(
-                [sys.executable, "-m", "cluster.serve", *words],
-                env={**environment, "PYTHONPATH": str(ROOT)},
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
-            assert done.returncode == 2, done.stderr
-            assert done.stderr.startswith(f"cluster.serve: {line}"), done.stderr
-            assert done.stderr.count("\n") == 1
+            monkeypatch.setattr("sys.argv", ["cluster.serve", *words])
+            with pytest.raises(SystemExit) as stop:
+                main()
+            said = capsys.readouterr()
+            assert stop.value.code == 2
+            assert said.err.startswith(f"cluster.serve: {line}")
+            assert said.err.count("\n") == 1
