@@ -23,6 +23,7 @@ from typing import Annotated
 import ray
 import typer
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from cluster.client import mistakes_of
 from cluster.nodes import LOOPBACK, LocalCluster
@@ -48,7 +49,8 @@ def start(args: ServeArgs, *, address: str, host: str, port: int) -> None:
     """Serve on a Ray that runs; requests are answered when this returns.
 
     Raises:
-        ValueError: nothing to serve in the folder, or no Ray at the address.
+        ValueError: nothing to serve in the folder, no Ray at the address, or one that serves HTTP
+            elsewhere.
         RuntimeError: the replicas did not start; its last line says why.
     """
     application = app(args)
@@ -62,6 +64,15 @@ def start(args: ServeArgs, *, address: str, host: str, port: int) -> None:
             f"--address: no Ray answers at {address}; --local starts one here"
         ) from None
     serve.start(http_options={"host": host, "port": port})
+    # A Serve that runs keeps the address that it was started with, and only logs that.
+    client = _get_global_client()
+    assert client is not None
+    http = client.http_config
+    if (http.host, http.port) != (host, port):
+        raise ValueError(
+            f"--port: this Ray serves HTTP at {http.host}:{http.port}, given {host}:{port}; "
+            f"give --host {http.host} --port {http.port}, or end what it serves"
+        )
     serve.run(application, name=NAME, logging_config={"enable_access_log": False})
 
 

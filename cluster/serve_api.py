@@ -6,7 +6,7 @@
     GET  /health /metrics /openapi.json
 
 A request that cannot be answered gets 4xx and {"detail": one line that names the field}: 404 for
-an id or path that does not exist, 405, 413, 415, and 422 for whatever is malformed or asks for
+an id or path that does not exist, 405, 413, 415, and 400 or 422 for what is malformed or asks for
 what the run was not trained for. There is no /docs: FastAPI's loads its scripts from a CDN.
 """
 

@@ -135,21 +135,20 @@ class ServedExport:
 
     def look(self) -> None:
         """Take over what is in the folder if it is another export and a good one."""
-        stamp = stamp_of(self._folder)
-        if stamp == self._stamp:
-            return
         try:
+            stamp = stamp_of(self._folder)
+            if stamp == self._stamp:
+                return
+            self._stamp = stamp  # what is refused is not read again until it changes
             if digest_of(self._folder.resolve()) != self.current.digest:
                 self.current = load_export(self._folder)
                 logger.info("serve: %s is served now", self.current.digest)
                 self._report(self.current.digest, True)
             self.refused = None
         except Exception as error:  # whatever is wrong with it, the old one serves
-            reason = " ".join(str(error).split()) or type(error).__name__
-            self.refused = reason
-            logger.warning("serve: %s; %s goes on being served", reason, self.current.digest)
+            self.refused = " ".join(str(error).split()) or type(error).__name__
+            logger.warning("serve: %s; %s goes on being served", self.refused, self.current.digest)
             self._report(self.current.digest, False)
-        self._stamp = stamp
 
     def _watch(self, interval_s: float) -> None:
         while not self._ended.wait(interval_s):

@@ -160,7 +160,7 @@ class LimitedBody:
 
 
 def refuse_in_one_line(api: FastAPI) -> None:
-    """Every refusal is {"detail": one line}: 404 an unknown id or path, 405, 422 all else."""
+    """Every refusal is {"detail": one line}: 404 an unknown id or path, 422 what is asked."""
 
     @api.exception_handler(RequestValidationError)
     async def of_validation(_: Request, error: RequestValidationError) -> JSONResponse:

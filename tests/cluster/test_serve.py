@@ -163,6 +163,11 @@ def offered(found: list[Recommendation]) -> Json:
     }
 
 
+def test_an_export_has_one_name_wherever_it_lies(exports: Path) -> None:
+    assert digest_of(exports / "first") == digest_of(exports / "run-first")
+    assert digest_of(exports / "first") != digest_of(exports / "second")
+
+
 def test_every_route_answers_as_python_does(server: Server, recommender: Recommender) -> None:
     history, items = ["i3", "i4", "i5"], ["i7", "i1", "i29"]
     red = {"where": {"colour": ["red"]}, "without": ["i7"]}
