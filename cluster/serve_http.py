@@ -99,7 +99,7 @@ class Measured:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500  # of an answer that never began
+        status = 499  # nginx's for an asker who left before the answer
         start = time.perf_counter()
 
         async def watched(message: Message) -> None:
@@ -110,6 +110,9 @@ class Measured:
 
         try:
             await self._app(scope, receive, watched)
+        except BaseException:
+            status = 500
+            raise
         finally:
             route = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.answered(route, status, time.perf_counter() - start)
