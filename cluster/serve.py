@@ -27,7 +27,7 @@ from ray.serve.context import _get_global_client
 
 from cluster.client import mistakes_of
 from cluster.nodes import LOOPBACK, LocalCluster
-from cluster.serve_export import digest_of
+from cluster.serve_export import Retrieval, digest_of
 from cluster.serve_replica import ServeArgs, server
 
 NAME = "recommender"  # of the application
@@ -89,6 +89,9 @@ def serve_folder(
         float,
         typer.Option(min=0, metavar="SECONDS", help="Between looks for a new export; 0: none."),
     ] = 2.0,
+    retrieval: Annotated[
+        Retrieval, typer.Option(help="Score every item, or walk a graph of them.")
+    ] = "exact",
     address: Annotated[
         str | None,
         typer.Option(envvar="RAY_ADDRESS", metavar="HEAD:6379", help="A Ray that runs."),
@@ -98,7 +101,7 @@ def serve_folder(
     """Serve until Ctrl-C."""
     if not local and address is None:
         raise ValueError("--address: which Ray? give --address HEAD:6379; --local starts one here")
-    args = ServeArgs(folder=folder, replicas=replicas, watch_s=watch)
+    args = ServeArgs(folder=folder, replicas=replicas, watch_s=watch, retrieval=retrieval)
     with contextlib.ExitStack() as stack:
         if local:
             digest_of(folder.resolve())  # a mistake costs no wait for Ray

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from cluster import serve_requests as http
 from cluster.serve_catalogue import Catalogue
 from cluster.serve_export import Export
+from torchrec_pt.explanations import Reason
 from torchrec_pt.item_filter import ItemFilter
 from torchrec_pt.recommender import Recommendation
 
@@ -160,20 +161,27 @@ def _filter(given: http.FilterRequest | None) -> ItemFilter | None:
 
 
 def _titled(catalogue: Catalogue, items: Sequence[str | int]) -> list[http.Item]:
-    return [http.Item(item=item, title=catalogue.title(item)) for item in items]
+    titles = catalogue.titles(items)
+    return [http.Item(item=item, title=title) for item, title in zip(items, titles, strict=True)]
 
 
 def _offered(catalogue: Catalogue, found: Sequence[Recommendation]) -> list[http.OfferedItem]:
+    titles = catalogue.titles([one.item for one in found])
     return [
         http.OfferedItem(
             item=one.item,
-            title=catalogue.title(one.item),
+            title=title,
             score=one.score,
             features=one.features,
-            because=[
-                http.Reason(item=why.item, title=catalogue.title(why.item), share=why.share)
-                for why in one.because
-            ],
+            because=_reasons(catalogue, one.because),
         )
-        for one in found
+        for one, title in zip(found, titles, strict=True)
+    ]
+
+
+def _reasons(catalogue: Catalogue, because: Sequence[Reason]) -> list[http.Reason]:
+    titles = catalogue.titles([why.item for why in because])
+    return [
+        http.Reason(item=why.item, title=title, share=why.share)
+        for why, title in zip(because, titles, strict=True)
     ]

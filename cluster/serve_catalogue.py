@@ -8,6 +8,9 @@ import polars as pl
 import torch
 
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.errors import DataError
+from torchrec_pt.distributed import Ranks
+from torchrec_pt.external_ids import Places
 
 
 class UnknownIdError(ValueError):
@@ -17,14 +20,14 @@ class UnknownIdError(ValueError):
 class Catalogue:
     """Ids, titles and histories of one dataset; its tables are read when it is built."""
 
-    def __init__(self, dataset: PreparedDataset) -> None:
+    def __init__(self, dataset: PreparedDataset, ranks: Ranks) -> None:
         self._dataset = dataset
+        self._places = Places(dataset, ranks)
         self._user_ids = dataset.users["external_id"]
+        self._user_texts = self._user_ids.cast(pl.String)
         self._item_ids = dataset.items["external_id"]
         self._titles = _titles(dataset)
         self._lower_titles = self._titles.str.to_lowercase()
-        self._user_texts = self._user_ids.cast(pl.String)
-        self._place = {str(id): place for place, id in enumerate(self._item_ids)}
         self._history = dataset.history("test")
 
     def check_user(self, field: str, user: str | int) -> None:
@@ -32,11 +35,20 @@ class Catalogue:
         Raises:
             UnknownIdError: no such user.
         """
-        if not self._dataset.has_user(user):
-            raise UnknownIdError(
-                f'{field}: user "{user}" is none of the {len(self._user_ids):,} that are known; '
-                "give a history instead"
-            )
+        try:
+            self._places.of_own_users([user])
+        except DataError as error:
+            raise UnknownIdError(f"{field}: {error}") from None
+
+    def check_item(self, field: str, item: str | int) -> None:
+        """
+        Raises:
+            UnknownIdError: no such item.
+        """
+        try:
+            self._places.of_items([item])
+        except DataError as error:
+            raise UnknownIdError(f"{field}: {error}") from None
 
     def check_items(self, field: str, items: Sequence[str | int]) -> None:
         """
@@ -44,18 +56,11 @@ class Catalogue:
             UnknownIdError: the first of them that is no item.
         """
         for index, item in enumerate(items):
-            self._place_of(f"{field}[{index}]", item)
+            self.check_item(f"{field}[{index}]", item)
 
-    def check_item(self, field: str, item: str | int) -> None:
-        """
-        Raises:
-            UnknownIdError: no such item.
-        """
-        self._place_of(field, item)
-
-    def title(self, item: str | int) -> str:
-        """Of an item that there is."""
-        return str(self._titles[self._place[str(item)]])
+    def titles(self, items: Sequence[str | int]) -> list[str]:
+        """Of items that there are, in their order."""
+        return self._titles[self._places.of_items(items).tolist()].to_list()
 
     def history(self, user: str | int) -> list[str | int]:
         """External ids of what a known user took, oldest first."""
@@ -71,14 +76,6 @@ class Catalogue:
         """Users whose id begins with it, in the order of the data."""
         found = self._user_texts.str.starts_with(query.strip())
         return self._user_ids.filter(found).head(limit).to_list()
-
-    def _place_of(self, field: str, item: str | int) -> int:
-        place = self._place.get(str(item))
-        if place is None:
-            raise UnknownIdError(
-                f'{field}: item "{item}" is none of the {len(self._item_ids):,} that are served'
-            )
-        return place
 
 
 def _titles(dataset: PreparedDataset) -> pl.Series:

@@ -14,11 +14,14 @@ import threading
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cluster.serve_catalogue import Catalogue
 from torchrec_pt import checkpoint
 from torchrec_pt.recommender import Recommender
 from torchrec_pt.runs import finished_stages, load_result, load_run_config
+
+Retrieval = Literal["exact", "hnsw"]  # as Recommender.load takes it
 
 logger = logging.getLogger("ray.serve")
 
@@ -37,7 +40,7 @@ class Export:
     catalogue: Catalogue
 
 
-def load_export(folder: Path) -> Export:
+def load_export(folder: Path, retrieval: Retrieval = "exact") -> Export:
     """Load it whole and try it, so that what is returned answers, whatever becomes of the folder.
 
     Raises:
@@ -45,8 +48,8 @@ def load_export(folder: Path) -> Export:
     """
     folder = folder.resolve()  # a link may turn to another folder meanwhile
     digest = digest_of(folder)
-    recommender = Recommender.from_pretrained(folder)
-    catalogue = Catalogue(recommender.dataset)
+    recommender = Recommender.from_pretrained(folder, retrieval=retrieval)
+    catalogue = Catalogue(recommender.dataset, recommender.ranks)
     _try(recommender, finished_stages(load_run_config(folder), recommender.dataset))
     if digest_of(folder) != digest:
         raise ValueError(f"{folder}: changed while it was read; replace it as a whole, by a rename")
@@ -109,6 +112,7 @@ class ServedExport:
         folder: Path,
         *,
         interval_s: float,
+        retrieval: Retrieval = "exact",
         report: Callable[[str, bool], None] = lambda digest, is_served: None,
     ) -> None:
         """
@@ -121,7 +125,8 @@ class ServedExport:
         self._folder = folder
         self._report = report
         self._stamp = stamp_of(folder)
-        self.current = load_export(folder)
+        self._retrieval = retrieval
+        self.current = load_export(folder, retrieval)
         self.refused: str | None = None
         self._report(self.current.digest, True)
         self._ended = threading.Event()
@@ -141,7 +146,7 @@ class ServedExport:
                 return
             self._stamp = stamp  # what is refused is not read again until it changes
             if digest_of(self._folder.resolve()) != self.current.digest:
-                self.current = load_export(self._folder)
+                self.current = load_export(self._folder, self._retrieval)
                 logger.info("serve: %s is served now", self.current.digest)
                 self._report(self.current.digest, True)
             self.refused = None

@@ -15,7 +15,7 @@ from cluster import serve_requests as http
 from cluster.nodes import LOOPBACK
 from cluster.serve_answers import Asked, recommend_together
 from cluster.serve_api import build_api
-from cluster.serve_export import ServedExport
+from cluster.serve_export import Retrieval, ServedExport
 from cluster.serve_http import Metrics
 
 MAX_BATCH = 64
@@ -27,6 +27,7 @@ class ServeArgs(BaseModel):
     """Attributes:
     folder: a finished run or a package, which every node sees.
     watch_s: seconds between two looks whether the folder was replaced; 0: none.
+    retrieval: as Recommender.load takes it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -34,6 +35,7 @@ class ServeArgs(BaseModel):
     folder: Path
     replicas: int = Field(1, ge=1)
     watch_s: float = Field(2.0, ge=0)
+    retrieval: Retrieval = "exact"
 
 
 @serve.ingress()
@@ -42,7 +44,10 @@ class Server:
         _listen_where_the_node_does()
         self._metrics = Metrics(serve.get_replica_context().replica_tag)
         self._served = ServedExport(
-            args.folder, interval_s=args.watch_s, report=self._metrics.found_export
+            args.folder,
+            interval_s=args.watch_s,
+            retrieval=args.retrieval,
+            report=self._metrics.found_export,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from torchrec_pt import pipeline
+from torchrec_pt import ItemFilter, Recommender, pipeline
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.errors import DataError
 
@@ -35,6 +35,19 @@ def _work(rank: int, num_ranks: int, store: str, config: RunConfig, user: str, o
     offered = [pipeline.recommend(config, asked, 10) for asked in (None, user)]
     with pytest.raises(DataError, match="nobody"):
         pipeline.recommend(config, "nobody", 1)
+    recommender = Recommender.load(config.run_dir)
+    first, items = recommender.first_user, recommender.dataset.items["external_id"].to_list()[:6]
+    offered.append(
+        [
+            recommender.recommend(user, k=4, diversity=0.5, explain=True),
+            [[one.item for one in each] for each in recommender.recommend_many([user, first])],
+            recommender.similar_items(items[0], filter=ItemFilter(without=items[1:3])),
+            recommender.score(items, user=user, task="ranking"),
+            recommender.score(items, user=user),
+            recommender.predict_rating(items, history=items[2:]),
+            recommender.embed_items(items).tolist(),
+        ]
+    )
     if rank == 0:
         for folder in ("evaluate", "export"):
             shutil.copytree(config.run_dir / folder, out / folder)

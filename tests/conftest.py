@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchrec_pt import pipeline
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.batch import Draw, Embedded, Rows
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.prepare import prepare
+from torchrec_pt.distributed import joined_ranks
 from torchrec_pt.rng import RowNoise
 
 NUM_USERS, NUM_ITEMS = 37, 30
@@ -126,3 +128,31 @@ def cycle_with_features(cycle_folder: Path) -> PreparedDataset:
     config = tiny_config(cycle_folder, FEATURES)
     prepare(config.data, cycle_folder / "prepared_with_features", 0)
     return PreparedDataset.load(cycle_folder / "prepared_with_features")
+
+
+@pytest.fixture(scope="session")
+def finished_run(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A small run of every task over items with features; not to be written into."""
+    steps = {"epochs": 2, "batch_size": 10, "warmup_steps": 0}
+    config = tiny_config(
+        cycle_folder,
+        FEATURES,
+        pretrain={
+            **steps,
+            "epochs": 10,
+            "learning_rate": 0.02,
+            "objectives": [{"name": "masked_item"}],
+        },
+        finetune={
+            "ranking": steps,
+            "ctr": {**steps, "positive_rating": 3},
+            "rating": {**steps, "control": "scratch"},
+        },
+        evaluate={"ks": [5], "baselines": ["popularity"]},
+    ).model_copy(update={"run_dir": tmp_path_factory.mktemp("finished_run")})
+    with joined_ranks():
+        pipeline.prepare(config)
+        pipeline.pretrain(config)
+        pipeline.finetune(config)
+        pipeline.evaluate(config)
+    return config

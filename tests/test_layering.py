@@ -51,6 +51,7 @@ LAYERS = (
         "diversity",
         "explanations",
         "export",
+        "external_ids",
         "item_filter",
         "model_card",
         "package",

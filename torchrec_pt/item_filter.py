@@ -9,7 +9,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
-ExternalIds = Sequence[str | int]
+from torchrec_pt.external_ids import ExternalId
+
+ExternalIds = Sequence[ExternalId]
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,11 @@ from torchrec_pt.data.prepare import prepare as prepare_dataset
 from torchrec_pt.distributed import joined_ranks, raised_together
 from torchrec_pt.evaluation import TaskEvaluation, evaluate_pairs, evaluate_ranking
 from torchrec_pt.export import export_embeddings
+from torchrec_pt.external_ids import find_user
 from torchrec_pt.files import whole_file, write_json
 from torchrec_pt.held_out import held_out
 from torchrec_pt.objectives.build import build_objectives
-from torchrec_pt.recommender import Recommendation, Recommender, find_user
+from torchrec_pt.recommender import Recommendation, Recommender
 from torchrec_pt.runs import (
     TAKEN_OVER,
     StageResult,

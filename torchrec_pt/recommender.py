@@ -6,19 +6,16 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 import torch
 from torch import Tensor
 
 from torchrec_pt.build import build_task, load_learner
-from torchrec_pt.checkpoint import as_text
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.entity_features import new_item_features
@@ -32,6 +29,7 @@ from torchrec_pt.distributed import (
 )
 from torchrec_pt.diversity import choose_diverse
 from torchrec_pt.explanations import Reason, shares_of_history
+from torchrec_pt.external_ids import ExternalId, Places
 from torchrec_pt.item_filter import ItemFilter
 from torchrec_pt.learner import Learner
 from torchrec_pt.pair_predictions import PairPredictor
@@ -39,7 +37,6 @@ from torchrec_pt.retrieval import Likeness, build_retrieval
 from torchrec_pt.runs import finished_stages, is_of_ranking, load_run_config, served_stage
 from torchrec_pt.scoring import ModelScorer, gather_blocks, head_of, top_items
 
-ExternalId = str | int
 MOST_REASONS = 3
 # Of the best items, so many (or 10 k) are what a diverse list is chosen from.
 FEWEST_TO_CHOOSE_FROM = 100
@@ -109,7 +106,7 @@ class Recommender:
         self._history = dataset.history("test")
         self._scorer = ModelScorer(learner.backbone, self._history, ranks, head_of(learner))
         self._retrieval = build_retrieval(retrieval, self._scorer, ranks)
-        self._item_place = _places(dataset.items["external_id"])
+        self._places = Places(dataset, ranks)
         self._vector_columns = [
             summary.feature.column
             for summary in dataset.manifest.features
@@ -218,7 +215,7 @@ class Recommender:
     ) -> list[Recommendation]:
         """The k items whose vectors have the largest cosine, the score, with this one's."""
         _check_count("similar_items.k", k)
-        place = self._places_of([item])
+        place = self._places.of_items([item])
         likeness = Likeness(self._scorer)
         itself = Jagged(place, torch.tensor([0, 1]))
         ids, scores = top_items(
@@ -257,7 +254,9 @@ class Recommender:
         people = self._people(
             "score", None if user is None else [user], None if history is None else [history]
         )
-        found = self._scorer.scores_of(people.queries, self._places_of(items).to(self.ranks.device))
+        found = self._scorer.scores_of(
+            people.queries, self._places.of_items(items).to(self.ranks.device)
+        )
         return Scores("ranking", list(items), found[0].tolist())
 
     def predict_rating(
@@ -308,7 +307,7 @@ class Recommender:
             return self._scorer.backbone.encode_new_items(new).cpu().numpy()
         if items is None:
             return gather_rows(self._scorer.own_vectors).cpu().numpy()
-        places = self._places_of(items).to(self.ranks.device)
+        places = self._places.of_items(items).to(self.ranks.device)
         return self._scorer.vectors(places).cpu().numpy()
 
     # --- within -----------------------------------------------------------------------------
@@ -323,52 +322,21 @@ class Recommender:
             raise ValueError(f"{where}: give either user or history")
         device = self.ranks.device
         if histories is not None:
-            rows = [self._places_of(history) for history in histories]
+            rows = [self._places.of_items(history) for history in histories]
             lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
             history = Jagged.from_lengths(torch.cat([lengths[:0], *rows]), lengths).to(device)
             nobody = torch.full_like(lengths, -1).to(device)
             return _People(self._scorer.queries_after(nobody, history), history)
         assert users is not None
-        own = self._own_users(users)
+        own = self._places.of_own_users(users)
         is_mine = own >= 0
         history = self._history.select(own[is_mine]).to(device)
         queries = gather_rows(self._scorer.queries(own[is_mine]))
         order = gather_rows(torch.nonzero(is_mine).squeeze(1).to(device)).argsort()
         return _People(queries[order], Jagged.stack(gather_blocks(history)).select(order))
 
-    @cached_property
-    def _user_place(self) -> dict[str, int]:
-        return _places(self.dataset.users["external_id"])
-
-    def _own_users(self, users: Sequence[ExternalId]) -> Tensor:
-        """(B,) int64 places of users on this rank, −1 for those of others.
-
-        Raises:
-            DataError: no rank has one of them.
-        """
-        places = [self._user_place.get(str(user), -1) for user in users]
-        if self.ranks.world_size == 1:
-            for user, place in zip(users, places, strict=True):
-                if place < 0:
-                    self.dataset.user_index(user)  # raises, with a hint
-        else:
-            for user, *found in zip(users, *gather_objects(places), strict=True):
-                if max(found) < 0:
-                    find_user(self.dataset, user)
-        return torch.tensor(places, dtype=torch.int64)
-
-    def _places_of(self, items: Sequence[ExternalId]) -> Tensor:
-        """(N,) int64 dense ids."""
-        if isinstance(items, str):
-            raise ValueError(f'items: must be a list of ids, given "{items}"; put it into one')
-        places = [self._item_place.get(str(item), -1) for item in items]
-        for item, place in zip(items, places, strict=True):
-            if place < 0:
-                self.dataset.item_index(item)  # raises, with a hint
-        return torch.tensor(places, dtype=torch.int64)
-
     def _allowed(self, filter: ItemFilter | None) -> Tensor | None:
-        return None if filter is None else filter.allowed(self.dataset.items, self._places_of)
+        return None if filter is None else filter.allowed(self.dataset.items, self._places.of_items)
 
     def _predict(
         self,
@@ -381,11 +349,11 @@ class Recommender:
         if (user is None) == (history is None):
             raise ValueError(f"{where}: give either user or history")
         predictor = self._predictor(where, task)
-        places = self._places_of(items)
+        places = self._places.of_items(items)
         if user is not None:
-            found = predictor.of_user(int(self._own_users([user])), places)
+            found = predictor.of_user(int(self._places.of_own_users([user])), places)
         else:
-            found = predictor.of_history(self._places_of(history or ()), places)
+            found = predictor.of_history(self._places.of_items(history or ()), places)
         return Scores(task, list(items), found.tolist())
 
     def _predictor(self, where: str, task: Literal["ctr", "rating"]) -> PairPredictor:
@@ -431,28 +399,9 @@ class Recommender:
         return [[one for one in each if math.isfinite(one.score)] for each in lists]
 
 
-def _places(ids: pl.Series) -> dict[str, int]:
-    """External id as text -> row."""
-    return {name: place for place, name in enumerate(as_text(ids).to_list())}
-
-
 def _check_count(where: str, count: int) -> None:
     if count < 1:
         raise ValueError(f"{where}: must be 1 or more, given {count}")
-
-
-def find_user(dataset: PreparedDataset, external_id: ExternalId) -> int | None:
-    """The user's place on the rank that has them, None on the others; all ranks call it.
-
-    Raises:
-        DataError: no rank has this user.
-    """
-    is_mine = dataset.has_user(external_id)
-    if any(gather_objects(is_mine)):
-        return dataset.user_index(external_id) if is_mine else None
-    with raised_together():
-        # A rank without users has no hint to give; the first rank has some.
-        return dataset.user_index(external_id) if dataset.num_users else None
 
 
 def load_served(run_dir: Path, ranks: Ranks) -> tuple[PreparedDataset, Learner]:

@@ -15,9 +15,9 @@ from torchrec_pt.distributed import Ranks
 from torchrec_pt.models.ranking_head import MlpHead
 from torchrec_pt.scoring import ModelScorer, top_items
 
-# Of the graph: neighbours of a node, and candidates kept while one is put in. Of a search: the
-# candidates kept, at least 2 k.
-NUM_NEIGHBOURS, WIDTH_OF_BUILD, WIDTH_OF_SEARCH = 32, 100, 128
+# Of the graph: neighbours of a node. Of a search: the items kept, at least twice those that are
+# asked for or seen.
+NUM_NEIGHBOURS, WIDTH_OF_SEARCH = 32, 256
 # With fewer candidates than this share of the catalogue a graph's walk meets too few of them.
 FEWEST_ALLOWED = 0.1
 
@@ -52,8 +52,10 @@ class ExactSearch:
 class GraphSearch:
     """By a walk over a graph of the item vectors (HNSW, Malkov & Yashunin 2018), in faiss.
 
-    It may miss some of the best; what it finds has its true score. Where a filter leaves few
-    candidates they are searched exactly.
+    Vectors get one more element that makes them all equally long; then the nearest to a query are
+    those of the largest inner products (Bachrach et al. 2014), and neighbours are neighbours both
+    ways, which those by inner products are not. The walk may miss some of the best; what it finds
+    has its true score. Where a filter leaves few candidates they are searched exactly.
     """
 
     def __init__(self, vectors: Tensor, exact: Retrieval) -> None:
@@ -62,36 +64,36 @@ class GraphSearch:
         """
         import faiss
 
-        self._exact = exact
-        self._num_items = len(vectors)
-        self._index = faiss.IndexHNSWFlat(
-            vectors.shape[1], NUM_NEIGHBOURS, faiss.METRIC_INNER_PRODUCT
-        )
-        self._index.hnsw.efConstruction = WIDTH_OF_BUILD
-        self._index.add(vectors.numpy())
+        self._exact, self._vectors = exact, vectors
+        squares = vectors.square().sum(1, keepdim=True)
+        missing = (squares.max() - squares).sqrt()
+        self._index = faiss.IndexHNSWFlat(vectors.shape[1] + 1, NUM_NEIGHBOURS)
+        self._index.add(torch.cat([vectors, missing], dim=1).numpy())
 
     def search(
         self, queries: Tensor, k: int, seen: Jagged | None, allowed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if allowed is not None and float(allowed.float().mean()) < FEWEST_ALLOWED:
             return self._exact.search(queries, k, seen, allowed)
-        k = min(k, self._num_items)
+        k = min(k, len(self._vectors))
         if seen is None and allowed is None:
-            return self._walk(queries, k, None)
+            return self._walk(queries, k, WIDTH_OF_SEARCH, None)
         if allowed is None:
-            allowed = torch.ones(self._num_items, dtype=torch.bool)
+            allowed = torch.ones(len(self._vectors), dtype=torch.bool)
         bits = np.packbits(allowed.numpy(), bitorder="little")
         found = []
         for row, query in enumerate(queries.split(1)):
-            own = bits.copy()
+            own, width = bits.copy(), WIDTH_OF_SEARCH
             if seen is not None:
-                _clear(own, seen.values[seen.offsets[row] : seen.offsets[row + 1]].numpy())
-            found.append(self._walk(query, k, own))
-        ids, scores = zip(*found, strict=True)
-        return torch.cat(ids), torch.cat(scores)
+                ids = seen.values[seen.offsets[row] : seen.offsets[row + 1]].numpy()
+                np.bitwise_and.at(own, ids >> 3, ~(np.uint8(1) << (ids & 7).astype(np.uint8)))
+                width = max(width, 2 * (k + len(ids)))
+            found.append(self._walk(query, k, width, own))
+        ids_, scores = zip(*found, strict=True)
+        return torch.cat(ids_), torch.cat(scores)
 
     def _walk(
-        self, queries: Tensor, k: int, bits: npt.NDArray[np.uint8] | None
+        self, queries: Tensor, k: int, width: int, bits: npt.NDArray[np.uint8] | None
     ) -> tuple[Tensor, Tensor]:
         """Args:
         bits: of the candidates, the first item's the lowest; None: all items.
@@ -99,12 +101,12 @@ class GraphSearch:
         import faiss
 
         selector = None if bits is None else faiss.IDSelectorBitmap(bits)
-        width = max(WIDTH_OF_SEARCH, 2 * k)
-        parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=width)
-        scores, ids = self._index.search(queries.numpy(), k, params=parameters)
-        is_found = torch.from_numpy(ids) >= 0
-        scores = torch.from_numpy(scores).masked_fill(~is_found, -torch.inf)
-        return torch.from_numpy(ids).clamp(min=0), scores
+        parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=max(width, 2 * k))
+        _, found = self._index.search(F.pad(queries, (0, 1)).numpy(), k, params=parameters)
+        ids = torch.from_numpy(found)
+        scores = torch.einsum("bd,bkd->bk", queries, self._vectors[ids.clamp(min=0)])
+        best = scores.masked_fill(ids < 0, -torch.inf).sort(dim=1, descending=True, stable=True)
+        return ids.clamp(min=0).gather(1, best.indices), best.values
 
 
 def build_retrieval(name: Literal["exact", "hnsw"], scorer: ModelScorer, ranks: Ranks) -> Retrieval:
@@ -142,7 +144,3 @@ class Likeness:
 
     def scores(self, queries: Tensor, items: range) -> Tensor:
         return queries @ F.normalize(self._scorer.own_vectors_of(items), dim=1).T
-
-
-def _clear(bits: npt.NDArray[np.uint8], ids: npt.NDArray[np.int64]) -> None:
-    np.bitwise_and.at(bits, ids >> 3, ~(np.uint8(1) << (ids & 7).astype(np.uint8)))
