@@ -67,7 +67,7 @@ function showHistory() {
 
 function reason(because) {
   if (!because.length) return undefined;
-  const parts = because.map((one) => `${one.title} (${Math.round(100 * one.share)} %)`);
+  const parts = because.map((one) => `${one.title} (${Math.round(100 * one.share)}\u00a0%)`);
   return `because of ${parts.join(", ")}`;
 }
 
