@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import copy
+import importlib
 import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jsonschema
 import pytest
@@ -17,6 +17,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 import torchrec_pt
 from cluster import submit
+from cluster.serve_replica import ServeArgs
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBERNETES = ["raycluster.yaml", "rayjob.yaml", "rayservice.yaml"]
@@ -231,22 +232,22 @@ def test_the_entrypoint_is_a_submission_to_the_head_that_it_runs_on(
     assert "is it the dashboard's address?" in capsys.readouterr().err
 
 
-def test_the_service_names_an_application_or_says_that_it_has_none_yet() -> None:
-    path = ROOT / "cluster/kubernetes/rayservice.yaml"
-    serve = yaml.safe_load(kubernetes("rayservice.yaml")["spec"]["serveConfigV2"])
-    jsonschema.validate(serve, {**SCHEMA["$defs"]["ServeConfig"], "$defs": SCHEMA["$defs"]})
-    module, _, name = serve["applications"][0]["import_path"].partition(":")
-    source = ROOT / (module.replace(".", "/") + ".py")
-    if not source.exists():
-        assert "NOT YET" in path.read_text()
-        return
-    assert "NOT YET" not in path.read_text()
-    defined = {
-        target.id if isinstance(target, ast.Name) else getattr(target, "name", "")
-        for node in ast.parse(source.read_text()).body
-        for target in (*getattr(node, "targets", ()), node)
-    }
-    assert name in defined
+def test_the_service_names_an_application_and_gives_it_what_it_takes() -> None:
+    config = yaml.safe_load(kubernetes("rayservice.yaml")["spec"]["serveConfigV2"])
+    jsonschema.validate(config, {**SCHEMA["$defs"]["ServeConfig"], "$defs": SCHEMA["$defs"]})
+    (application,) = config["applications"]
+    module, _, name = application["import_path"].partition(":")
+    build = getattr(importlib.import_module(module), name)
+    args = serve_args_type(build).model_validate(application["args"])
+    (mount,) = container(kubernetes("rayservice.yaml"))["volumeMounts"]
+    assert args.folder.is_relative_to(mount["mountPath"])
+
+
+def serve_args_type(build: Callable[..., object]) -> type[ServeArgs]:
+    """What Ray Serve reads from the builder, and makes of the arguments."""
+    (found,) = (kind for name, kind in get_type_hints(build).items() if name != "return")
+    assert issubclass(found, ServeArgs)
+    return found
 
 
 # --- the images ---------------------------------------------------------------------------------
