@@ -32,7 +32,7 @@ LAYERS = (
     },
     {"data", "ops", "metrics", "checkpoint", "saver", "item_rows", "conversion", "runs", "trials"},
     {"global_negatives"},
-    {"models", "sharding", "ring", "negatives"},
+    {"models", "sharding", "ring", "negatives", "int8"},
     {"objectives", "tasks"},
     {"learner", "layer_rates", "optim", "averaging"},
     {
@@ -47,11 +47,11 @@ LAYERS = (
         "candidates",
         "baselines",
     },
-    {"validation", "export", "recommender", "report"},
+    {"validation", "export", "recommender", "report", "programs"},
     {"stages"},
-    {"evaluation"},
+    {"evaluation", "quantization"},
     {"pipeline"},
-    {"tables", "doctor", "checkpoint_commands", "tune"},
+    {"tables", "doctor", "checkpoint_commands", "model_commands", "tune"},
     {"cli"},
     {"__main__"},
 )

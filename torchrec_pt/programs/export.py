@@ -31,8 +31,8 @@ from torchrec_pt.programs.encoders import (
     Program,
     UserEncoder,
 )
-from torchrec_pt.programs.formats import Format, write_program
-from torchrec_pt.programs.models import load_model, used_models
+from torchrec_pt.programs.formats import Format, check_formats, write_program
+from torchrec_pt.programs.models import load_model, only_process, used_models
 from torchrec_pt.programs.ports import FeatureInputs
 from torchrec_pt.programs.scorers import PairScorer, RankingScorer
 from torchrec_pt.runs import load_run_config
@@ -62,17 +62,16 @@ def export_model(
     Returns:
         The folder.
     Raises:
-        ValueError: no finished run there, something else in `out`, or no ONNX.
+        ValueError: no finished run there, something else in `out`, or what a format needs is not
+            installed.
     """
     folder = Path(out) if out is not None else Path(run_dir) / "model"
-    if folder.exists() and not (folder / MARK).is_file():
+    check_formats(formats)
+    if folder.exists() and not _is_replaceable(folder):
         raise ValueError(f"{folder}: is no exported model, and would be replaced; name another")
     config = load_run_config(Path(run_dir))
     with joined_ranks() as ranks:
-        if ranks.world_size > 1:
-            raise ValueError(
-                f"export_model: is the work of one process, given {ranks.world_size}; run it in one"
-            )
+        only_process(ranks, "export_model")
         dataset = PreparedDataset.load(config.prepared_dir)
         features = {of: FeatureInputs(dataset, of) for of in ("user", "item", "interaction")}
         about: dict[str, Any] = {
@@ -101,6 +100,10 @@ def export_model(
                     about["ranks_by_inner_product"] = is_inner
             write_json(partial / MARK, about)
     return folder
+
+
+def _is_replaceable(folder: Path) -> bool:
+    return (folder / MARK).is_file() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def programs_of(learner: Learner, features: Features, *, is_int8: bool) -> dict[str, Program]:

@@ -6,16 +6,42 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
 from torchrec_pt.programs.encoders import Program
 
 Format = Literal["pt2", "aoti", "onnx"]
 SUFFIX: dict[Format, str] = {"pt2": ".pt2", "aoti": ".aoti.pt2", "onnx": ".onnx"}
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Raises:
+    ValueError: one that does not exist, or what it needs is not installed.
+    """
+    for format in formats:
+        if format not in SUFFIX:
+            raise ValueError(
+                f'export_model: formats must be of {", ".join(SUFFIX)}, given "{format}"'
+            )
+    if "onnx" in formats and not (find_spec("onnx") and find_spec("onnxscript")):
+        raise ValueError(
+            "export_model: onnx needs the packages onnx and onnxscript, which are not installed; "
+            'pip install "torchrec_pt[onnx]"'
+        )
+    if "aoti" in formats:
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise ValueError(
+                "export_model: aoti needs a C++ compiler, none is found; install g++ or set CXX"
+            ) from None
 
 
 def trace(program: Program) -> ExportedProgram:
@@ -40,7 +66,7 @@ def write_program(
     """One file a format, named after the program.
 
     Raises:
-        ValueError: ONNX without its packages, or a graph that it cannot express.
+        ValueError: a graph that ONNX cannot express.
     """
     traced = trace(program)
     paths = []
@@ -58,13 +84,6 @@ def write_program(
 
 
 def _write_onnx(program: Program, traced: ExportedProgram, path: Path) -> None:
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "export_model: onnx needs the packages onnx and onnxscript, which are not installed; "
-            'pip install "torchrec_pt[onnx]"'
-        ) from None
     try:
         torch.onnx.export(
             traced,

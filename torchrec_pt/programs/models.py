@@ -10,6 +10,16 @@ from torchrec_pt.learner import Learner
 from torchrec_pt.runs import StageResult, finished_stages, is_of_ranking, served_stage
 
 
+def only_process(ranks: Ranks, what: str) -> None:
+    """Raises:
+    ValueError: there are others.
+    """
+    if ranks.world_size > 1:
+        raise ValueError(
+            f"{what}: is the work of one process, given {ranks.world_size}; run it in one"
+        )
+
+
 def used_models(config: RunConfig, dataset: PreparedDataset) -> dict[str, StageResult]:
     """Task -> the stage that trained its model; "ranking" is the served one.
 
