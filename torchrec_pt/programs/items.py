@@ -15,7 +15,8 @@ from torchrec_pt.int8 import quantized
 from torchrec_pt.models.autoencoder import Autoencoder
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.feature_encoder import FeatureEncoder
-from torchrec_pt.models.two_tower import TwoTower
+from torchrec_pt.models.item_content import RowHiding
+from torchrec_pt.models.two_tower import Tower, TwoTower
 
 Cells = Mapping[str, Tensor]  # name of a feature -> (N, M) int64 ids, or (N, width) float32
 
@@ -91,21 +92,22 @@ class Items(nn.Module):
 
     def __init__(self, backbone: Backbone, *, is_int8: bool) -> None:
         super().__init__()
-        self.num_items = backbone.items.num_items
         self.row_dim = backbone.items.dim
         self.table = Rows(backbone.items.weight, is_int8=is_int8)
-        is_two_tower = isinstance(backbone, TwoTower)
-        hiding = backbone.hiding if isinstance(backbone, TwoTower) else None
-        encoder = backbone.item_features if isinstance(backbone, TwoTower) else None
-        if backbone.content is not None:
+        self.tower: Tower | None = None
+        hiding: RowHiding | None = None
+        encoder: FeatureEncoder | None = None
+        if isinstance(backbone, TwoTower):
+            self.tower = backbone.item_tower
+            hiding, encoder = backbone.hiding, backbone.item_features
+        elif backbone.content is not None:
             hiding, encoder = backbone.content.hiding, backbone.content.features
         self._num_trained = None if hiding is None else hiding.num_trained
         self.fields: Fields | None = None
+        self.cells: ItemCells | None = None
         if encoder is not None and encoder.num_fields:
             self.fields = Fields(encoder, is_int8=is_int8)
             self.cells = ItemCells(encoder)
-        self._adds_content = not is_two_tower
-        self.tower = backbone.item_tower if isinstance(backbone, TwoTower) else None
         self._skipped = backbone.input_dim if isinstance(backbone, Autoencoder) else 0
         self._scaled = backbone.scaled
 
@@ -130,10 +132,13 @@ class Items(nn.Module):
         return torch.where((ids >= self._num_trained).unsqueeze(1), 0.0, rows)
 
     def _fields_of(self, ids: Tensor) -> Tensor | None:
-        return None if self.fields is None else self.fields(self.cells(ids))
+        if self.fields is None or self.cells is None:
+            return None
+        return self.fields(self.cells(ids))
 
     def _represented(self, rows: Tensor, fields: Tensor | None) -> Tensor:
-        return rows + fields.sum(1) if self._adds_content and fields is not None else rows
+        """A tower reads the features beside the row."""
+        return rows if fields is None or self.tower is not None else rows + fields.sum(1)
 
     def _encoded(self, rows: Tensor, fields: Tensor | None) -> Tensor:
         if self.tower is not None:

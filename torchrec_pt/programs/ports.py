@@ -115,8 +115,8 @@ def history_ports(*, with_times: bool) -> list[Port]:
             "history",
             torch.int64,
             ("batch", "history"),
-            "dense ids of the items that a user took, oldest first (and with labels, of those shown "
-            "and not taken); -1 where there is none, before or after the others; the newest "
+            "dense ids of the items that a user took, oldest first (with labels: of those shown to "
+            "the user, too); -1 where there is none, before or after the others; the newest "
             "history_length of them are read",
         )
     ]

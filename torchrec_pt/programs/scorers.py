@@ -33,7 +33,9 @@ class RankingScorer(Program):
         self.fields: PairFields | None = None
         self.head: InnerHead = InnerHead()
         if isinstance(head, MlpHead):
-            self.fields = PairFields(features, head.users, head.items, is_int8=is_int8)
+            self.fields = PairFields(
+                features, head.users, head.items, cells=encoder.items.cells, is_int8=is_int8
+            )
             self.interactions, self.hidden, self.out = head.interactions, head.hidden, head.out
         else:
             self.head = head
@@ -77,6 +79,7 @@ class PairScorer(Program):
             encoders["user"],
             encoders["item"],
             encoders["interaction"],
+            cells=encoder.items.cells,
             is_int8=is_int8,
         )
         self.inputs = _once(
@@ -182,7 +185,11 @@ class PairScorer(Program):
 
 
 class PairFields(nn.Module):
-    """Vectors (P, F, D) of the features of users, items and interactions, a pair a row."""
+    """Vectors (P, F, D) of the features of users, items and interactions, a pair a row.
+
+    Args:
+        cells: the encoder's, where it has them; they are the same and are stored once then.
+    """
 
     def __init__(
         self,
@@ -191,6 +198,7 @@ class PairFields(nn.Module):
         items: FeatureEncoder,
         others: FeatureEncoder | None = None,
         *,
+        cells: ItemCells | None,
         is_int8: bool,
     ) -> None:
         super().__init__()
@@ -198,7 +206,7 @@ class PairFields(nn.Module):
         self._features = features
         self.users = Fields(users, is_int8=is_int8) if users.num_fields else None
         self.items = Fields(items, is_int8=is_int8) if items.num_fields else None
-        self.cells = ItemCells(items)
+        self.cells = ItemCells(items) if cells is None else cells
         self.others = None
         if others is not None and others.num_fields:
             self.others = Fields(others, is_int8=is_int8)
