@@ -13,6 +13,7 @@ from tests.conftest import FEATURES, tiny_config, write_cycle
 from torchrec_pt.build import build_learner, build_task
 from torchrec_pt.config import RunConfig, TrainConfig
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.entity_features import load_entity_features
 from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.prepare import prepare
 from torchrec_pt.distributed import join_ranks
@@ -107,7 +108,6 @@ def _of_pairs(learner: Learner, task: PairTask, dataset: PreparedDataset) -> Ans
     at = torch.where(asked.interactions >= 0, dataset.timestamp[asked.interactions], torch.nan)
     rows = dataset.interactions.values[history.values]
     beside = padded(places, -1)
-    hour = dataset.interaction_features
     given = {
         "history": padded(history.with_values(rows), -1),
         "times": padded(history.with_values(dataset.timestamp[history.values]), torch.nan),
@@ -116,12 +116,10 @@ def _of_pairs(learner: Learner, task: PairTask, dataset: PreparedDataset) -> Ans
         "item_times": padded(asked.targets.with_values(at), torch.nan),
         **user_inputs(dataset, asked.users),
     }
-    if hour.width:
-        flat = inputs_of(dataset, "interaction", beside.clamp(min=0).flatten())
-        for name, values in flat.items():
-            cells = values.unflatten(0, beside.shape)
-            is_asked = (beside >= 0).view(*beside.shape, *[1] * (cells.dim() - 2))
-            given[name] = torch.where(is_asked, cells, -1)
+    of_pairs = inputs_of(dataset, "interaction", beside.clamp(min=0).flatten())
+    for name, values in of_pairs.items():
+        # Of a drawn item, which was no interaction, nothing is known.
+        given[name] = torch.where((beside >= 0).unsqueeze(2), values.unflatten(0, beside.shape), -1)
     is_pair = padded(asked.targets.with_values(torch.ones_like(asked.targets.values)), 0) > 0
     expected = torch.zeros(is_pair.shape)
     expected[is_pair] = found
@@ -134,8 +132,6 @@ def user_inputs(dataset: PreparedDataset, users: Tensor) -> dict[str, Tensor]:
 
 def inputs_of(dataset: PreparedDataset, of: Any, ids: Tensor) -> dict[str, Tensor]:
     """Raw features of users, items or interactions; categories through the library's own ids."""
-    from torchrec_pt.data.entity_features import load_entity_features
-
     cells = FeatureEncoder(load_entity_features(dataset, of), 8).cells()
     tables = {
         "user": dataset.users,

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import tiny_config, write_cycle
 from tests.programs.alone import answers_alone
 from tests.programs.answers import ALL_FEATURES, answers, arguments, rich_data, worst
-from tests.programs.test_programs import BACKBONES, CLOSE, TASKS, learner_of, programs
+from tests.programs.cases import BACKBONES, CLOSE, TASKS, learner_of, programs
 from torchrec_pt import pipeline
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
