@@ -17,6 +17,7 @@ from torchrec_pt import pipeline
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.distributed import join_ranks, joined_ranks
+from torchrec_pt.int8 import quantize_tables
 from torchrec_pt.learner import Learner
 from torchrec_pt.programs.export import export_model
 from torchrec_pt.programs.formats import SUFFIX, Format, write_program
@@ -59,13 +60,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 def assert_answers_alone(
-    learner: Learner, data: PreparedDataset, format: Format, folder: Path, names: list[str]
+    learner: Learner,
+    data: PreparedDataset,
+    format: Format,
+    folder: Path,
+    names: list[str],
+    *,
+    is_int8: bool = False,
 ) -> None:
     """In this format; of programs of these names, or of all."""
+    found = programs(learner, data, is_int8=is_int8)
+    if is_int8:
+        quantize_tables(learner)
     expected = answers(learner, data)
     close = CLOSE if format == "pt2" else CLOSE_ELSEWHERE
     cases, wanted = [], []
-    for name, program in programs(learner, data).items():
+    for name, program in found.items():
         if not names or name in names:
             (file,) = write_program(program, folder, name, [format])
             assert file.name == name + SUFFIX[format]
@@ -114,21 +124,30 @@ def test_onnx_answers_alone(data: PreparedDataset, tmp_path: Path) -> None:
     assert_answers_alone(learner, data, "onnx", tmp_path, ["user_encoder", "new_item_encoder"])
 
 
-def test_a_compiled_package_answers_alone(data: PreparedDataset, tmp_path: Path) -> None:
+def test_a_compiled_package_of_int8_tables_answers_alone(
+    data: PreparedDataset, tmp_path: Path
+) -> None:
     learner = learner_of("bidirectional", None, data)
-    assert_answers_alone(learner, data, "aoti", tmp_path, ["item_encoder"])
+    assert_answers_alone(learner, data, "aoti", tmp_path, ["item_encoder"], is_int8=True)
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("format", list(SUFFIX))
 @pytest.mark.parametrize(
     ("backbone", "task"),
     [*((one, None) for one in BACKBONES), *(("two_tower", one) for one in TASKS)],
 )
 def test_every_model_answers_alone_in_every_format(
-    data: PreparedDataset, tmp_path: Path, backbone: str, task: str | None, format: Format
+    data: PreparedDataset,
+    tmp_path: Path,
+    backbone: str,
+    task: str | None,
+    format: Format,
+    is_int8: bool,
 ) -> None:
-    assert_answers_alone(learner_of(backbone, task, data), data, format, tmp_path, [])
+    learner = learner_of(backbone, task, data)
+    assert_answers_alone(learner, data, format, tmp_path, [], is_int8=is_int8)
 
 
 def test_int8_tables_are_exported_and_their_loss_is_measured(

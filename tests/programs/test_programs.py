@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -27,9 +26,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
     return rich_data(tmp_path_factory.mktemp("rich"))
 
 
-def disagreements(learner: Learner, data: PreparedDataset, **options: Any) -> dict[str, float]:
+def disagreements(learner: Learner, data: PreparedDataset) -> dict[str, float]:
     """Program -> largest difference from the library's answers, of those above CLOSE."""
-    found = programs(learner, data, **options)
+    found = programs(learner, data)
     expected = answers(learner, data)
     with torch.no_grad():
         differences = {
