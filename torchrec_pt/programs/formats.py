@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
 from torchrec_pt.programs.encoders import Program
@@ -36,6 +34,9 @@ def check_formats(formats: Sequence[str]) -> None:
             'pip install "torchrec_pt[onnx]"'
         )
     if "aoti" in formats:
+        from torch._inductor.cpp_builder import get_cpp_compiler  # takes its time
+        from torch._inductor.exc import InvalidCxxCompiler
+
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler:
