@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from torchrec_pt import checkpoint_commands
+from torchrec_pt import checkpoint_commands, model_commands
 from torchrec_pt.config import RunConfig
 from torchrec_pt.config_file import load_config, overridden
 from torchrec_pt.files import refused
@@ -28,6 +28,8 @@ app = typer.Typer(
     help="Pretrain user and item representations, fine-tune them, rank, export.",
 )
 app.add_typer(checkpoint_commands.app, name="checkpoint")
+app.command()(model_commands.export_model)
+app.command()(model_commands.quantize)
 
 Config = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="CONFIG.toml")]
 Set = Annotated[

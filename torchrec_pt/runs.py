@@ -8,8 +8,10 @@
 <run_dir>/evaluate/            result.json; ranking.parquet and sampled_ranking.parquet (metrics of
                                each user), ctr.parquet and rating.parquet (each test interaction
                                with its predictions)
+<run_dir>/evaluate/int8.json   what int8 tables make of each model, where that was asked
 <run_dir>/export/              items and users, in the formats of [export], and of each file what it
                                is (<file>.json)
+<run_dir>/model/               its models as programs (`programs.export`)
 <run_dir>/report.html          all of it on one page
 """
 

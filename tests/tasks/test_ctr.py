@@ -132,7 +132,7 @@ def test_the_start_of_clicks_alone_knows_what_is_popular(cycle: PreparedDataset)
     count = cycle.item_counts.double()
     beside = 3 * count.sum() / cycle.num_items
     expected = (count - 0.25 * (count + beside)) / (count + beside + task.shrinkage)
-    got = task._item_biases(torch.arange(cycle.num_items))
+    got = task.item_biases(torch.arange(cycle.num_items))
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
     assert task.mean == 0.25
 

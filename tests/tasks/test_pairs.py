@@ -330,7 +330,7 @@ def test_an_asked_training_label_is_not_in_its_own_bias(
     others[row] = False
     labels = task.labels[others & (items == items[row])]
     expected = (labels - task.mean).sum() / (len(labels) + task.shrinkage)
-    got = task._item_biases(items[row : row + 1], task.labels[row : row + 1])
+    got = task.item_biases(items[row : row + 1], task.labels[row : row + 1])
     torch.testing.assert_close(got[0], expected)
     assert len(labels) > 0
 

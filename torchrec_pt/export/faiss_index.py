@@ -94,7 +94,7 @@ def write_faiss(vectors: Vectors, files: Files, config: IndexConfig) -> None:
             for begin in range(0, len(rows), BLOCK_ROWS):
                 add(vectors.ids.slice(begin, BLOCK_ROWS), rows[begin : begin + BLOCK_ROWS])
     with path.open("wb") as file:  # its own writer says a full disk in words of its own
-        writer = faiss.PyCallbackIOWriter(file.write)  # type: ignore[attr-defined]
+        writer = faiss.PyCallbackIOWriter(file.write)
         faiss.write_index(answering, writer)
 
 

@@ -93,6 +93,21 @@ class FeatureEncoder(nn.Module):
             return torch.zeros(len(ids), 0, self.dim, device=ids.device)
         return torch.cat(fields, dim=1)
 
+    def cells(self) -> dict[str, Tensor]:
+        """What is known of every entity, by the names of tables and layers; row i is entity i.
+
+        (N, most values of a cell) int64 of categories, −1 after the last; (N, width) float32 else.
+        """
+        cells: dict[str, Tensor] = {}
+        for name in self._tables.values():
+            known = self._cells(name)
+            padded = known.values.new_full((known.num_rows, int(known.lengths.max())), -1)
+            padded[known.rows, known.positions] = known.values
+            cells[name] = padded[1:]
+        for name in self.layers:
+            cells[name] = self.get_buffer(f"{name}_dense")[1:]
+        return cells
+
     def _cells(self, name: str) -> Jagged:
         return Jagged(self.get_buffer(f"{name}_values"), self.get_buffer(f"{name}_offsets"))
 

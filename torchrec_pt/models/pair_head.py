@@ -177,21 +177,44 @@ class HistoryAttention(nn.Module):
             for each in (targets, memory)
         )
         value = _padded(memory.with_values(self.value(memory.values).to(memory.values)))
+        told = _padded(memory.with_values(torch.stack([residuals, is_known.float()], dim=1)))
+        is_hidden = torch.arange(key.shape[1], device=key.device) >= memory.lengths.unsqueeze(1)
+        between = None
+        if targets.times is not None and memory.times is not None:
+            then, now = (_padded_times(each) for each in (memory, targets))
+            between = time_between(then, now)
+        both = self.attend(query, key, value, told, is_hidden, between)
+        packed = torch.ops.fbgemm.dense_to_jagged(both, [targets.offsets], len(targets.values))[0]
+        return packed[:, : -self.num_heads], packed[:, -self.num_heads :]
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        told: Tensor,
+        is_hidden: Tensor,
+        between: Tensor | None,
+    ) -> Tensor:
+        """(R, M, D + num_heads) of padded rows: means of values, then means of residuals.
+
+        Args:
+            query: (R, M, D) of the targets. key, value: (R, L, D) of the history's items.
+            told: (R, L, 2) residuals, and 1 where they are known.
+            is_hidden: (R, L) bool, where a row holds no item.
+            between: (R, M, L) float32 times from the items to the targets, or None.
+        """
         query, key, value = (
             each.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for each in (query, key, value)
         )
-        # (R, H, most targets, longest history); a head's vectors count as if they were whole ones
+        # (R, H, M, L); a head's vectors count as if they were whole ones
         logits = query @ key.transpose(2, 3) * (self.num_heads**0.5 / key.shape[3] ** 0.5)
-        if targets.times is not None and memory.times is not None:
-            logits = logits + self._time_bias(targets, memory)
-        is_hidden = torch.arange(key.shape[2], device=key.device) >= memory.lengths.unsqueeze(1)
+        if between is not None:
+            logits = logits + self._time_bias(between)
         mean = (self._shares(logits, is_hidden) @ value).transpose(1, 2).flatten(2)
-        told = _padded(memory.with_values(torch.stack([residuals, is_known.float()], dim=1)))
         shares = self._shares(logits, is_hidden | (told[..., 1] == 0))
         echo = (shares @ told[..., :1].unsqueeze(1)).squeeze(3).transpose(1, 2)
-        both = torch.cat([mean, echo], dim=2)
-        packed = torch.ops.fbgemm.dense_to_jagged(both, [targets.offsets], len(targets.values))[0]
-        return packed[:, : -self.num_heads], packed[:, -self.num_heads :]
+        return torch.cat([mean, echo], dim=2)
 
     def _shares(self, logits: Tensor, is_hidden: Tensor) -> Tensor:
         """(R, H, most targets, longest) softmax beside the null key; hidden: (R, longest)."""
@@ -199,10 +222,8 @@ class HistoryAttention(nn.Module):
         seen = logits.masked_fill(is_hidden[:, None, None], -torch.inf)
         return torch.cat([null, seen], dim=3).softmax(dim=3)[..., 1:]
 
-    def _time_bias(self, targets: Jagged, memory: Jagged) -> Tensor:
-        """(R, H, most targets, longest history)"""
-        then, now = (_padded_times(each) for each in (memory, targets))
-        between = (now.unsqueeze(2) - then.unsqueeze(1)).float()
+    def _time_bias(self, between: Tensor) -> Tensor:
+        """(R, H, M, L)"""
         bucket = time_bucket(between)
         bucket = torch.where(between < 0, NUM_TIME_BUCKETS + 1 + bucket, bucket)
         flat = bucket.flatten().expand(self.num_heads, -1)
@@ -241,6 +262,11 @@ class Factors(nn.Module):
         item = self.asked(pairs.targets.values) + pairs.item_fields.sum(1)
         size = user.square().sum(1) + item.square().sum(1)
         return (drop.users(user) * drop.items(item)).sum(1), size
+
+
+def time_between(then: Tensor, now: Tensor) -> Tensor:
+    """(R, M, L) float32 from the times `then` (R, L) to `now` (R, M), both float64."""
+    return (now.unsqueeze(2) - then.unsqueeze(1)).float()
 
 
 def sums_of_rows(jagged: Jagged) -> Tensor:

@@ -188,8 +188,12 @@ def reset_linear_layers(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
+Attend = Callable[[Tensor, int], Tensor]  # (…, 3 D) queries, keys, values; heads -> (…, D)
+Drop = Callable[[Tensor], Tensor]
+
+
 class Block(nn.Module):
-    """x + Attention(LN(x)), then x + FFN(LN(x)), on packed tokens (T, D)."""
+    """x + Attention(LN(x)), then x + FFN(LN(x)), on tokens (…, D), packed ones in training."""
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int) -> None:
         super().__init__()
@@ -201,13 +205,13 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(dim, ffn_dim)
         self.ffn_out = nn.Linear(ffn_dim, dim)
 
-    def forward(self, x: Tensor, attention: Attention, drop: RowDropout) -> Tensor:
+    def forward(self, x: Tensor, attention: Attend, drop: Drop) -> Tensor:
         return self.feed_forward(self.attend(x, attention, drop), drop)
 
-    def attend(self, x: Tensor, attention: Attention, drop: RowDropout) -> Tensor:
+    def attend(self, x: Tensor, attention: Attend, drop: Drop) -> Tensor:
         return x + drop(self.out(attention(self.qkv(self.attention_norm(x)), self.num_heads)))
 
-    def feed_forward(self, x: Tensor, drop: RowDropout) -> Tensor:
+    def feed_forward(self, x: Tensor, drop: Drop) -> Tensor:
         return x + drop(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x)))))
 
 

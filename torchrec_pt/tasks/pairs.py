@@ -129,6 +129,11 @@ class PairTask(nn.Module, ABC):
         return label_sums(items, labels.double() - self.mean, self.dataset.num_items)
 
     @property
+    def reads_labels(self) -> bool:
+        """Whether what a history tells of its labels makes a difference."""
+        return not bool(self._told.isnan().all())
+
+    @property
     def pairs_per_target(self) -> int:
         """How many pairs a target stands for, with what is drawn beside it in training."""
         return 1
@@ -273,7 +278,7 @@ class PairTask(nn.Module, ABC):
         history, target = drawn.ids["history"], drawn.ids["target"]
         rows, target_rows = drawn.vectors["history"], drawn.vectors["target"]
         row = target.rows
-        expected = self.mean + self._item_biases(history.values).detach()
+        expected = self.mean + self.item_biases(history.values).detach()
         pairs = Pairs(
             users=backbone.encode_users(users, rows.tail(self._encoded_length), noise),
             targets=Jagged(
@@ -299,10 +304,10 @@ class PairTask(nn.Module, ABC):
             memory=RowDropout(p, noise, f"{name} of memory", history.rows, history.positions),
         )
         judged: Judged = self.head(pairs, drop)
-        deviation = self._item_biases(target.values, own) + judged.deviation
+        deviation = self.item_biases(target.values, own) + judged.deviation
         return self.link(deviation) + judged.learned, judged.size
 
-    def _item_biases(self, items: Tensor, own: Tensor | None = None) -> Tensor:
+    def item_biases(self, items: Tensor, own: Tensor | None = None) -> Tensor:
         """(T,) shrunk mean deviations of the items (T,) without the labels `own`, and what is
         learned beyond them."""
         deviation, count = self._deviation[items], self._count[items]

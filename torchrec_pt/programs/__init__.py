@@ -1,0 +1,1 @@
+"""The models of a run as programs of torch alone: what `export_model` writes."""
