@@ -164,6 +164,8 @@ def main() -> None:
         parser.error("--device: this benchmark is of the CPU alone")
     torch.set_num_threads(arguments.threads)
     faiss.omp_set_num_threads(arguments.threads)
+    # By matrix products, by which a batch is several times as fast as by its default here.
+    faiss.cvar.distance_compute_blas_threshold = 20
     num_items = 20_000 if arguments.quick else arguments.items
     out: Path | None = arguments.out
     if out is None and not arguments.quick:

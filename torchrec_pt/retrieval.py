@@ -15,8 +15,8 @@ from torchrec_pt.distributed import Ranks
 from torchrec_pt.models.ranking_head import MlpHead
 from torchrec_pt.scoring import ModelScorer, top_items
 
-# Of the graph: neighbours of a node. Of a search: the items kept, at least twice those that are
-# asked for or seen.
+# Of the graph: neighbours of a node. Of a search: the items kept, at least twice as many as are
+# asked for, four times with what was seen.
 NUM_NEIGHBOURS, WIDTH_OF_SEARCH = 32, 256
 # With fewer candidates than this share of the catalogue a graph's walk meets too few of them.
 FEWEST_ALLOWED = 0.1
@@ -87,7 +87,7 @@ class GraphSearch:
             if seen is not None:
                 ids = seen.values[seen.offsets[row] : seen.offsets[row + 1]].numpy()
                 np.bitwise_and.at(own, ids >> 3, ~(np.uint8(1) << (ids & 7).astype(np.uint8)))
-                width = max(width, 2 * (k + len(ids)))
+                width = max(width, 4 * (k + len(ids)))
             found.append(self._walk(query, k, width, own))
         ids_, scores = zip(*found, strict=True)
         return torch.cat(ids_), torch.cat(scores)
