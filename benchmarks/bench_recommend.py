@@ -1,6 +1,7 @@
 """The best of 1,000,000 items of 64 dimensions: the exact search and the graph, against faiss.
 
-    python benchmarks/bench_recommend.py [--threads 1] [--rounds 5] [--only exact|hnsw] [--quick]
+    python benchmarks/bench_recommend.py [--threads 1] [--rounds 5] [--only exact|hnsw]
+        [--items N] [--quick]
 
 exact: the 10 best for 256 queries at once, as the Recommender searches and by faiss IndexFlatIP,
 in turns; and for one query at a time.
@@ -157,12 +158,13 @@ def overlap(found: Tensor, right: Tensor) -> float:
 
 def main() -> None:
     parser = build_parser(__doc__, ("exact", "hnsw"), rounds_help="of the batch of 256")
+    parser.add_argument("--items", type=int, default=NUM_ITEMS)
     arguments = parser.parse_args()
     if arguments.device != "cpu":
         parser.error("--device: this benchmark is of the CPU alone")
     torch.set_num_threads(arguments.threads)
     faiss.omp_set_num_threads(arguments.threads)
-    num_items = 20_000 if arguments.quick else NUM_ITEMS
+    num_items = 20_000 if arguments.quick else arguments.items
     out: Path | None = arguments.out
     if out is None and not arguments.quick:
         out = default_out("recommend")

@@ -304,7 +304,7 @@ class Recommender:
             if items is not None:
                 raise ValueError("embed_items: give either items or features")
             new = new_item_features(self.dataset, features)
-            return self._scorer.backbone.encode_new_items(new).cpu().numpy()
+            return self._scorer.backbone.encode_new_items(new, self.ranks.device).cpu().numpy()
         if items is None:
             return gather_rows(self._scorer.own_vectors).cpu().numpy()
         places = self._places.of_items(items).to(self.ranks.device)

@@ -13,9 +13,15 @@ import torch
 from tests.conftest import tiny_config
 from torchrec_pt import pipeline
 from torchrec_pt.build import build_backbone
-from torchrec_pt.config import ModelConfig, RunConfig, TransformerConfig, TwoTowerConfig
+from torchrec_pt.config import (
+    AutoencoderConfig,
+    ModelConfig,
+    RunConfig,
+    TransformerConfig,
+    TwoTowerConfig,
+)
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.data.entity_features import load_entity_features
+from torchrec_pt.data.entity_features import load_entity_features, new_item_features
 from torchrec_pt.distributed import joined_ranks
 from torchrec_pt.models.item_content import ItemContent, RowHiding
 from torchrec_pt.recommender import load_served
@@ -48,6 +54,37 @@ def test_the_row_of_an_untrained_item_counts_for_nothing(
     got, alone = content(ids, rows), content.features(ids).sum(1)
     assert not torch.allclose(got[0], alone[0])
     torch.testing.assert_close(got[1], alone[1])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TransformerConfig(dim=8, num_layers=1),
+        TwoTowerConfig(backbone="two_tower", dim=8, hidden_dims=(8,)),
+        AutoencoderConfig(backbone="autoencoder", dim=8),
+    ],
+)
+def test_new_items_are_encoded_as_those_whose_rows_are_hidden(
+    cycle_with_features: PreparedDataset, config: ModelConfig
+) -> None:
+    model = build_backbone(config, cycle_with_features).eval()
+    ids = torch.arange(7)
+    rows = torch.zeros(7, model.items.dim)
+    right = model.encode_items(ids, model.represent(ids, rows))
+    said = cycle_with_features.items.select("colour", "kinds").head(7).to_dicts()
+    new = new_item_features(cycle_with_features, said)
+    torch.testing.assert_close(model.encode_new_items(new, torch.device("cpu")), right.detach())
+    # The model itself still is of its own items.
+    torch.testing.assert_close(model.encode_items(ids, model.represent(ids, rows)), right)
+
+
+def test_without_item_features_no_new_item_is_known(
+    cycle: PreparedDataset, cycle_with_features: PreparedDataset
+) -> None:
+    model = build_backbone(TransformerConfig(dim=8, num_layers=1), cycle)
+    new = new_item_features(cycle_with_features, [{"colour": "red"}])
+    with pytest.raises(ValueError, match="the model reads no item features"):
+        model.encode_new_items(new, torch.device("cpu"))
 
 
 def test_rows_are_hidden_by_item_and_step_alone(cycle_with_features: PreparedDataset) -> None:

@@ -56,9 +56,11 @@ class Backbone(nn.Module, ABC):
         return rows if self.content is None else self.content(ids, rows, self.heard(noise))
 
     @torch.no_grad()
-    def encode_new_items(self, features: EntityFeatures) -> Tensor:
+    def encode_new_items(self, features: EntityFeatures, device: torch.device) -> Tensor:
         """(N, D) vectors of N items that the model was not made with, by their features alone.
 
+        Args:
+            device: where the model is.
         Raises:
             ValueError: the model reads no item features.
         """
@@ -68,8 +70,8 @@ class Backbone(nn.Module, ABC):
                 "new items: the model reads no item features, so nothing is known of an item "
                 "without a row; train one with model.item_content and item features"
             )
-        ids = torch.arange(features.num_rows, device=next(self.parameters()).device)
-        rows = torch.zeros(len(ids), self.items.dim, device=ids.device)
+        ids = torch.arange(features.num_rows, device=device)
+        rows = torch.zeros(len(ids), self.items.dim, device=device)
         return model.encode_items(ids, model.represent(ids, rows))
 
     def over_new_items(self, features: EntityFeatures) -> Backbone | None:
