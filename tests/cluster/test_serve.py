@@ -285,12 +285,14 @@ def test_the_answers_are_those_that_openapi_describes(server: Server) -> None:
 def test_prometheus_reads_what_was_answered(server: Server) -> None:
     before = re.search(r'/similar",status="404"} (\S+)', server.get("/metrics"))
     server.ask("/similar", {"item": "nothing"})
+    server.ask("/nothing-of-this-name")
     text = server.get("/metrics")
     after = re.search(r'/similar",status="404"} (\S+)', text)
     assert after is not None
     assert float(after[1]) == (float(before[1]) if before else 0) + 1
     assert f'digest="{server.export()}"' in text
     assert 'torchrec_pt_request_seconds_bucket{le="0.005",' in text
+    assert 'route="other",status="404"' in text
     assert "/nothing-of-this-name" not in text  # a label for each would fill the memory
 
 
