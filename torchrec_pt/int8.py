@@ -1,7 +1,7 @@
 """Embedding tables of one byte an element, by FBGEMM's row-wise quantization.
 
 A row x becomes codes c = round((x − b) / s) in 0 … 255 with b = min x, s = (max x − min x) / 255,
-and is read as s · c + b: at most s / 2 off an element.
+and is read as s · c + b: at most s / 2 off an element, and 1e-8, which FBGEMM adds to the range.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def quantized(weight: Tensor) -> Int8Rows:
     """Of a table (N, D) float32 on the CPU."""
     fused = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(weight.detach().contiguous())
     codes, ends = fused.split([weight.shape[1], 8], dim=1)
-    scale, bias = ends.contiguous().view(torch.float32).split(1, dim=1)
+    # A copy of its own, since a view as float32 must begin at a multiple of 4 bytes.
+    scale, bias = ends.clone(memory_format=torch.contiguous_format).view(torch.float32).split(1, 1)
     return Int8Rows(codes.contiguous(), scale.contiguous(), bias.contiguous())
 
 

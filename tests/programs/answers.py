@@ -167,4 +167,4 @@ def arguments(program: Program, given: dict[str, Tensor]) -> list[Tensor]:
 def worst(got: Tensor, expected: Tensor, counts: Tensor) -> float:
     """The largest difference, beside the size of the answers."""
     difference = torch.where(counts, got - expected, 0.0).abs().max()
-    return float(difference / expected.abs().max())
+    return float((difference / expected.abs().max()).detach())
