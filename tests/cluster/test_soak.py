@@ -95,7 +95,7 @@ def test_a_run_whose_whole_cluster_is_lost_goes_on_on_another(
 
 # --- two networks -------------------------------------------------------------------------------
 
-HERE, THERE = "tpt-here", "tpt-there"
+HERE, THERE = f"tpt-here-{os.getpid()}", f"tpt-there-{os.getpid()}"  # of a killed test some stay
 ADDRESSES = {HERE: "10.213.77.1", THERE: "10.213.77.2"}
 
 
