@@ -41,9 +41,10 @@ from tables import build_table
 from torchrec_pt.checkpoint import rows_per_block
 from torchrec_pt.config import IndexConfig
 from torchrec_pt.distributed import joined_ranks
-from torchrec_pt.export import Source, export_embeddings, load_source
+from torchrec_pt.export import export_embeddings
 from torchrec_pt.export.embeddings import Asked, write_embeddings
 from torchrec_pt.export.vectors import all_items
+from torchrec_pt.served import Served, load_served
 
 SECTIONS = ("parquet", "formats")
 NUM_ITEMS, NUM_ITEMS_QUICK, NUM_ITEMS_SMALL = 1_000_000, 50_000, 10_000
@@ -97,16 +98,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, joined_ranks() as ranks:
         run_dir = build_run(Path(name) / "large", num_items)
         for section in SECTIONS if arguments.only is None else (arguments.only,):
-            source = load_source(run_dir, ranks)
+            served = load_served(run_dir, ranks)
             bars: list[Bar] = []
             if section == "parquet":
                 small = build_run(Path(name) / "small", NUM_ITEMS_SMALL)
                 peaks = {what: peak_memory(what, run_dir, small) for what in ("loaded", "whole")}
-                rows = measure(parquet_steps(source, arguments.rounds))
+                rows = measure(parquet_steps(served, arguments.rounds))
                 bars = compute_bars(rows, peaks)
             else:
                 rounds = max(1, arguments.rounds // 3)
-                steps = [format_steps(source, one, rounds) for one in formats_asked(run_dir)]
+                steps = [format_steps(served, one, rounds) for one in formats_asked(run_dir)]
                 rows = [row for some in steps for row in measure(some)]
             print_tables(console, section, rows, bars)
             out = arguments.out or (None if arguments.quick else default_out(f"export_{section}"))
@@ -115,33 +116,33 @@ def main() -> None:
                 write_json(out, header, found)
 
 
-def parquet_steps(source: Source, rounds: int) -> dict[str, Step]:
-    folder = source.config.run_dir / "bare"
+def parquet_steps(served: Served, rounds: int) -> dict[str, Step]:
+    folder = served.config.run_dir / "bare"
     folder.mkdir()
-    table = same_columns(source)
+    table = same_columns(served)
     settings: dict[str, Any] = {
         "use_dictionary": False,
         "row_group_size": rows_per_block((DIM,), torch.float32),
     }
     asked = Asked("items", "parquet", "float32", IndexConfig(), None, None)
-    target = asked.path(source.config.run_dir)
+    target = asked.path(served.config.run_dir)
     same, default = folder / "same.parquet", folder / "default.parquet"
     return {
-        OURS: Step(partial(write_embeddings, source, asked), target, rounds),
+        OURS: Step(partial(write_embeddings, served, asked), target, rounds),
         SAME: Step(partial(pq.write_table, table, same, **settings), same, rounds),
         DEFAULT: Step(partial(pq.write_table, table, default), default, rounds),
         WHOLE: Step(
-            partial(export_embeddings, source.config.run_dir, "items"), target, max(1, rounds // 3)
+            partial(export_embeddings, served.config.run_dir, "items"), target, max(1, rounds // 3)
         ),
     }
 
 
-def same_columns(source: Source) -> pa.Table:
-    vectors = torch.cat(list(all_items(source.learner.backbone, source.ranks)))
+def same_columns(served: Served) -> pa.Table:
+    vectors = torch.cat(list(all_items(served.learner.backbone, served.ranks)))
     values = pa.array(vectors.flatten().numpy())
     return pa.table(
         {
-            "id": source.dataset.items["external_id"].to_arrow(),
+            "id": served.dataset.items["external_id"].to_arrow(),
             "embedding": pa.FixedSizeListArray.from_arrays(values, DIM),
         }
     )
@@ -155,9 +156,9 @@ def formats_asked(run_dir: Path) -> list[Asked]:
     ]
 
 
-def format_steps(source: Source, asked: Asked, rounds: int) -> dict[str, Step]:
+def format_steps(served: Served, asked: Asked, rounds: int) -> dict[str, Step]:
     """An export, and a bare write of as many bytes as its main file has."""
-    path = asked.path(source.config.run_dir)
+    path = asked.path(served.config.run_dir)
     name = f"{asked.format} {asked.dtype}"
     if asked.format == "faiss":
         name, rounds = f"faiss {asked.index.kind}", 1
@@ -169,7 +170,7 @@ def format_steps(source: Source, asked: Asked, rounds: int) -> dict[str, Step]:
         path.with_name("copy").write_bytes(content[0])
 
     return {
-        name: Step(partial(write_embeddings, source, asked), path, rounds),
+        name: Step(partial(write_embeddings, served, asked), path, rounds),
         f"{name}: bytes": Step(copy, path, rounds),
     }
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from torchrec_pt.config import IndexConfig
 from torchrec_pt.distributed import joined_ranks
-from torchrec_pt.export import export_embeddings, load_source
+from torchrec_pt.export import export_embeddings
 from torchrec_pt.export.embeddings import Asked, write_embeddings
+from torchrec_pt.served import load_served
 
 
 def peak_memory(what: str, run_dir: Path, small_run_dir: Path) -> Peak:
@@ -37,11 +38,11 @@ def _measure(what: str, run_dir: str, small_run_dir: str) -> Peak:
                 return []
 
             return measure_peak(whole, [], "cpu")
-        source = load_source(Path(run_dir), ranks)
+        served = load_served(Path(run_dir), ranks)
         asked = Asked("items", "parquet", "float32", IndexConfig(), None, None)
 
         def loaded() -> list[Tensor]:
-            write_embeddings(source, asked)
+            write_embeddings(served, asked)
             return []
 
         return measure_peak(loaded, [], "cpu")

@@ -25,12 +25,12 @@ from torchrec_pt.config import ExportConfig, IndexConfig, RunConfig
 from torchrec_pt.config_file import ConfigError, load_config
 from torchrec_pt.data.errors import DataError
 from torchrec_pt.distributed import joined_ranks
-from torchrec_pt.export import Source, load_source
 from torchrec_pt.export.embeddings import Asked, read_ids, write_embeddings
 from torchrec_pt.export.formats import WRITERS
 from torchrec_pt.export.rounding import RoundingMeter, round_to
 from torchrec_pt.files import WriteError
 from torchrec_pt.runs import load_result
+from torchrec_pt.served import Served, load_served
 
 UNTRAINED = {"epochs": 0, "batch_size": 10, "objectives": [{"name": "masked_item"}]}
 
@@ -55,19 +55,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunConfig]:
 
 
 @pytest.fixture(scope="module")
-def sources(runs: dict[str, RunConfig]) -> Iterator[dict[str, Source]]:
+def all_served(runs: dict[str, RunConfig]) -> Iterator[dict[str, Served]]:
     """The runs, loaded once."""
     with joined_ranks() as ranks:
-        yield {name: load_source(config.run_dir, ranks) for name, config in runs.items()}
+        yield {name: load_served(config.run_dir, ranks) for name, config in runs.items()}
 
 
 @pytest.fixture
-def source(sources: dict[str, Source]) -> Source:
-    return sources["strings"]
+def served(all_served: dict[str, Served]) -> Served:
+    return all_served["strings"]
 
 
 def _export(
-    source: Source,
+    served: Served,
     what: str,
     *,
     format: str = "parquet",
@@ -78,13 +78,13 @@ def _export(
 ) -> Path:
     """As `export_embeddings`, of a model that is loaded already."""
     asked = Asked(what, format, dtype, index or IndexConfig(), ids, out)  # type: ignore[arg-type]
-    write_embeddings(source, asked)
+    write_embeddings(served, asked)
     return out / f"{what}.{format}"
 
 
-def _expected(source: Source, what: str, out: Path) -> tuple[list[Any], np.ndarray]:
+def _expected(served: Served, what: str, out: Path) -> tuple[list[Any], np.ndarray]:
     """Ids and vectors, by NumPy's reader."""
-    path = _export(source, what, format="npy", out=out)
+    path = _export(served, what, format="npy", out=out)
     return _of_npy(path)
 
 
@@ -143,14 +143,14 @@ READERS: dict[str, Callable[[Path], tuple[list[Any], np.ndarray]]] = {
 
 @pytest.mark.parametrize("of", ["strings", "integers"])
 def test_every_format_holds_what_numpy_reads(
-    sources: dict[str, Source], of: str, tmp_path: Path
+    all_served: dict[str, Served], of: str, tmp_path: Path
 ) -> None:
     assert {*READERS, "npy"} == {*WRITERS, "faiss"}
     for what in ("items", "users"):
-        ids, vectors = _expected(sources[of], what, tmp_path)
+        ids, vectors = _expected(all_served[of], what, tmp_path)
         assert isinstance(ids[0], str if of == "strings" else int)
         for format, read in READERS.items():
-            path = _export(sources[of], what, format=format, out=tmp_path)
+            path = _export(all_served[of], what, format=format, out=tmp_path)
             found_ids, found = read(path)
             if format == "csv":
                 found_ids = [type(ids[0])(one) for one in found_ids]
@@ -159,8 +159,8 @@ def test_every_format_holds_what_numpy_reads(
             assert np.array_equal(found, vectors), (what, format)
 
 
-def test_the_manifest_describes_its_files(source: Source, tmp_path: Path) -> None:
-    _, vectors = _expected(source, "items", tmp_path)
+def test_the_manifest_describes_its_files(served: Served, tmp_path: Path) -> None:
+    _, vectors = _expected(served, "items", tmp_path)
     found = json.loads((tmp_path / "items.npy.json").read_text())
     assert (found["count"], found["dim"], found["dtype"]) == (*vectors.shape, "float32")
     assert found["is_of_all"]
@@ -172,30 +172,30 @@ def test_the_manifest_describes_its_files(source: Source, tmp_path: Path) -> Non
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
     expected = {"min": norms.min(), "mean": norms.mean(), "max": norms.max(), "std": norms.std()}
     assert found["norms"] == pytest.approx(expected, rel=1e-6)
-    mark = source.config.run_dir / found["checkpoint"]["path"] / "complete.json"
+    mark = served.config.run_dir / found["checkpoint"]["path"] / "complete.json"
     assert found["checkpoint"]["sha256"] == hashlib.sha256(mark.read_bytes()).hexdigest()
 
 
-def test_narrow_numbers_are_what_their_readers_restore(source: Source, tmp_path: Path) -> None:
-    ids, exact = _expected(source, "items", tmp_path)
-    half = pq.read_table(_export(source, "items", dtype="float16", out=tmp_path))
+def test_narrow_numbers_are_what_their_readers_restore(served: Served, tmp_path: Path) -> None:
+    ids, exact = _expected(served, "items", tmp_path)
+    half = pq.read_table(_export(served, "items", dtype="float16", out=tmp_path))
     assert str(half.schema.field("embedding").type) == "fixed_size_list<element: halffloat>[16]"
     assert np.array_equal(
         half["embedding"].combine_chunks().values.to_numpy().reshape(exact.shape),
         exact.astype(np.float16),
     )
-    path = _export(source, "items", format="safetensors", dtype="bfloat16", out=tmp_path)
+    path = _export(served, "items", format="safetensors", dtype="bfloat16", out=tmp_path)
     brain = safetensors.torch.load_file(path)["embeddings"]
     assert torch.equal(brain, torch.from_numpy(exact).bfloat16())
 
-    eighth = pl.read_parquet(_export(source, "items", dtype="int8", out=tmp_path))
+    eighth = pl.read_parquet(_export(served, "items", dtype="int8", out=tmp_path))
     codes, scales = eighth["embedding"].to_numpy(), eighth["scale"].to_numpy()
     assert eighth.columns == ["id", "scale", "embedding"]
     assert (eighth["id"].to_list(), codes.dtype) == (ids, np.int8)
     restored = codes * scales[:, None]
     assert (np.abs(restored - exact) <= scales[:, None] * 0.5001).all()
     for format, read in (("safetensors", safetensors.numpy.load_file), ("npy", np.load)):
-        path = _export(source, "items", format=format, dtype="int8", out=tmp_path)
+        path = _export(served, "items", format=format, dtype="int8", out=tmp_path)
         if format == "npy":
             found = [read(path), read(tmp_path / "items_scales.npy")]
         else:
@@ -248,14 +248,14 @@ def test_the_error_of_rounding_is_of_a_sample_of_many_rows() -> None:
 
 @pytest.mark.parametrize("of", ["strings", "integers"])
 def test_given_ids_are_exported_in_their_order(
-    sources: dict[str, Source], of: str, tmp_path: Path
+    all_served: dict[str, Served], of: str, tmp_path: Path
 ) -> None:
     for what in ("items", "users"):
-        ids, vectors = _expected(sources[of], what, tmp_path)
+        ids, vectors = _expected(all_served[of], what, tmp_path)
         chosen = [7, 0, 19, 3]
         asked = [ids[place] for place in chosen]
         asked[1] = str(asked[1])  # an integer's text names it, too
-        path = _export(sources[of], what, ids=asked, out=tmp_path)
+        path = _export(all_served[of], what, ids=asked, out=tmp_path)
         found_ids, found = _of_parquet(path)
         assert found_ids == [ids[place] for place in chosen]
         # A product of another shape rounds otherwise.
@@ -263,23 +263,23 @@ def test_given_ids_are_exported_in_their_order(
         assert not json.loads((tmp_path / f"{what}.parquet.json").read_text())["is_of_all"]
 
 
-def test_an_unknown_id_is_named_with_a_hint(source: Source, tmp_path: Path) -> None:
+def test_an_unknown_id_is_named_with_a_hint(served: Served, tmp_path: Path) -> None:
     for what, ids, message in (
         ("items", ["i3", "i33"], 'item "i33": not in the prepared dataset .* did you mean "i3'),
         ("users", ["nobody"], 'user "nobody": not in the prepared dataset'),
         ("items", [], "ids: none is given"),
     ):
         with pytest.raises(ValueError, match=message):
-            _export(source, what, ids=ids, out=tmp_path)
+            _export(served, what, ids=ids, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("metric", ["inner_product", "cosine"])
 @pytest.mark.parametrize("of", ["strings", "integers"])
 def test_every_index_answers_with_the_ids_that_are_nearest(
-    sources: dict[str, Source], of: str, metric: str, tmp_path: Path
+    all_served: dict[str, Served], of: str, metric: str, tmp_path: Path
 ) -> None:
-    ids, vectors = _expected(sources[of], "items", tmp_path)
+    ids, vectors = _expected(all_served[of], "items", tmp_path)
     keys = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     keys = keys if metric == "cosine" else vectors
     queries = keys[:5]
@@ -291,7 +291,7 @@ def test_every_index_answers_with_the_ids_that_are_nearest(
         {"kind": "pq", "num_parts": 8, "bits": 4},
     ):
         index = IndexConfig(metric=metric, **options)  # type: ignore[arg-type]
-        path = _export(sources[of], "items", format="faiss", index=index, out=tmp_path)
+        path = _export(all_served[of], "items", format="faiss", index=index, out=tmp_path)
         _, found = faiss.read_index(str(path)).search(queries, 3)
         beside = _ids_beside(path)
         named = [[beside[one] if beside else one for one in row] for row in found.tolist()]
@@ -338,10 +338,10 @@ def test_a_stage_and_a_checkpoint_are_exported_as_they_are(
 
 @pytest.mark.parametrize("format", [*WRITERS, "faiss"])
 def test_a_writer_that_fails_leaves_the_former_files_or_none(
-    source: Source, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: Served, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def export() -> None:
-        _export(source, "items", format=format, out=tmp_path)
+        _export(served, "items", format=format, out=tmp_path)
 
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")

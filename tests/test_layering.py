@@ -60,6 +60,7 @@ LAYERS = (
         "recommender",
         "report",
         "retrieval",
+        "served",
         "validation",
     },
     {"stages"},

@@ -23,8 +23,8 @@ from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, joined_ranks
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.objectives.build import build_objectives
-from torchrec_pt.recommender import load_served
 from torchrec_pt.scoring import ModelScorer
+from torchrec_pt.served import load_served
 from torchrec_pt.tasks.asked import held_out_pairs
 from torchrec_pt.tasks.pairs import PairTask
 
@@ -147,8 +147,8 @@ def finished(cycle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 @pytest.fixture(scope="module")
 def served(finished: RunConfig, ranks: Ranks) -> tuple[PreparedDataset, Backbone]:
-    dataset, learner = load_served(finished.run_dir, ranks)
-    return dataset, learner.backbone
+    found = load_served(finished.run_dir, ranks)
+    return found.dataset, found.learner.backbone
 
 
 def test_evaluation_and_serving_read_the_times(

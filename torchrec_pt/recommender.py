@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchrec_pt.build import build_task, load_learner
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.entity_features import new_item_features
@@ -25,7 +24,6 @@ from torchrec_pt.distributed import (
     gather_objects,
     gather_rows,
     join_ranks,
-    raised_together,
 )
 from torchrec_pt.diversity import choose_diverse
 from torchrec_pt.explanations import Reason, shares_of_history
@@ -34,8 +32,9 @@ from torchrec_pt.item_filter import ItemFilter
 from torchrec_pt.learner import Learner
 from torchrec_pt.pair_predictions import PairPredictor
 from torchrec_pt.retrieval import Likeness, build_retrieval
-from torchrec_pt.runs import finished_stages, is_of_ranking, load_run_config, served_stage
+from torchrec_pt.runs import finished_stages
 from torchrec_pt.scoring import ModelScorer, gather_blocks, head_of, top_items
+from torchrec_pt.served import load_served
 
 MOST_REASONS = 3
 # Of the best items, so many (or 10 k) are what a diverse list is chosen from.
@@ -125,15 +124,16 @@ class Recommender:
         It is the one fine-tuned for ranking, or else the pretrained one.
 
         Args:
+            folder: of a run or a package; or of a training stage or a checkpoint in one, whose
+                model answers then.
             retrieval: "exact" scores every item; "hnsw" walks a graph of the item vectors, which
                 is built here, and may miss some of the best.
         Raises:
             ValueError: no finished run there, or a model or ranks that no graph serves.
         """
         ranks = join_ranks()
-        dataset, learner = load_served(Path(folder), ranks)
-        config = load_run_config(Path(folder))
-        return cls(config, dataset, learner, ranks, retrieval=retrieval)
+        served = load_served(Path(folder), ranks)
+        return cls(served.config, served.dataset, served.learner, ranks, retrieval=retrieval)
 
     from_pretrained = load
 
@@ -402,17 +402,3 @@ class Recommender:
 def _check_count(where: str, count: int) -> None:
     if count < 1:
         raise ValueError(f"{where}: must be 1 or more, given {count}")
-
-
-def load_served(run_dir: Path, ranks: Ranks) -> tuple[PreparedDataset, Learner]:
-    """The data and the served model of a finished run, with its head; all ranks call it.
-
-    Raises:
-        ValueError: no finished run there.
-    """
-    config = load_run_config(run_dir)
-    with raised_together():
-        dataset = PreparedDataset.load(config.prepared_dir, ranks)
-    stage = served_stage(config, dataset)
-    objectives = [build_task(config, "ranking", dataset)] if is_of_ranking(stage) else []
-    return dataset, load_learner(config, stage.checkpoint, dataset, ranks, objectives)

@@ -24,9 +24,9 @@ from torchrec_pt.data.dataset import PreparedDataset
 from torchrec_pt.data.entity_features import load_entity_features, new_item_features
 from torchrec_pt.distributed import joined_ranks
 from torchrec_pt.models.item_content import ItemContent, RowHiding
-from torchrec_pt.recommender import load_served
 from torchrec_pt.rng import RowNoise
 from torchrec_pt.scoring import encode_histories, encode_item_range
+from torchrec_pt.served import load_served
 
 DIM = 8
 
@@ -239,7 +239,7 @@ def test_content_places_items_of_the_item_file_alone(model: dict[str, Any], tmp_
     is_new = dataset.item_counts == 0
     pipeline.pretrain(config)
     with joined_ranks() as ranks:
-        backbone = load_served(config.run_dir, ranks)[1].backbone
+        backbone = load_served(config.run_dir, ranks).learner.backbone
         users = torch.arange(dataset.num_users)
         queries = encode_histories(backbone, users, dataset.history("test"))
         scores = queries @ encode_item_range(backbone, 0, dataset.num_items).T

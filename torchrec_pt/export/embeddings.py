@@ -25,8 +25,8 @@ from torchrec_pt.export.manifest import (
     versions,
 )
 from torchrec_pt.export.rounding import Rounded, RoundingMeter, round_to
-from torchrec_pt.export.source import Source, load_source
 from torchrec_pt.export.vectors import all_items, all_users, some_items, some_users
+from torchrec_pt.served import Served, load_served
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ def export_embeddings(
     folder = None if out is None else Path(out)
     asked = Asked(what, format, dtype, index or IndexConfig(), ids, folder)
     with joined_ranks() as ranks:
-        source = load_source(Path(path), ranks)
-        write_embeddings(source, asked)
-        return asked.path(source.config.run_dir)
+        served = load_served(Path(path), ranks)
+        write_embeddings(served, asked)
+        return asked.path(served.config.run_dir)
 
 
 def export_all(path: Path, config: ExportConfig, console: Console | None = None) -> list[Path]:
@@ -97,17 +97,17 @@ def export_all(path: Path, config: ExportConfig, console: Console | None = None)
     with joined_ranks() as ranks:
         with raised_together():
             ids = None if config.ids is None else read_ids(config.ids)
-        source = load_source(path, ranks)
+        served = load_served(path, ranks)
         lines, paths = [], []
         for what, format in itertools.product(config.what, config.formats):
             asked = Asked(what, format, config.dtype, config.index, ids, config.out)
-            manifest = write_embeddings(source, asked)
-            paths.append(asked.path(source.config.run_dir))
+            manifest = write_embeddings(served, asked)
+            paths.append(asked.path(served.config.run_dir))
             lines.append(f"{what} in {paths[-1]}")
             if manifest is not None and manifest.rounding is not None:
                 lines.append(f"{what} as {config.dtype}: {manifest.rounding}")
-        ranking = source.config.finetune.ranking
-        if source.is_of_ranking and ranking is not None and ranking.head == "mlp":
+        ranking = served.config.finetune.ranking
+        if served.is_of_ranking and ranking is not None and ranking.head == "mlp":
             lines.append(
                 "the served model ranks by its mlp head, so inner products of these vectors alone "
                 "do not reproduce its ranking; ask Recommender for that"
@@ -154,18 +154,18 @@ def read_ids(path: Path) -> list[str]:
     return [one for one in ids if one]
 
 
-def write_embeddings(source: Source, asked: Asked) -> ExportManifest | None:
+def write_embeddings(served: Served, asked: Asked) -> ExportManifest | None:
     """The files of one export; all ranks call it.
 
     Returns:
         On the first rank, what is in the manifest.
     """
-    ids, blocks = _vectors(source, asked)
+    ids, blocks = _vectors(served, asked)
     manifest = None
     with raised_together():
         try:
-            if source.ranks.is_first:
-                manifest = _write(source, asked, ids, blocks)
+            if served.ranks.is_first:
+                manifest = _write(served, asked, ids, blocks)
         finally:
             for _ in blocks:  # made by all ranks together, written by the first
                 pass
@@ -177,13 +177,13 @@ def external_ids(dataset: PreparedDataset, what: What) -> pl.Series:
     return dataset.items["external_id"] if what == "items" else dataset.external_user_ids()
 
 
-def _vectors(source: Source, asked: Asked) -> tuple[pl.Series, Iterator[Tensor]]:
+def _vectors(served: Served, asked: Asked) -> tuple[pl.Series, Iterator[Tensor]]:
     """External ids, and the vectors in their order: blocks that all ranks make together.
 
     Raises:
         DataError: an unknown id.  ValueError: none at all.
     """
-    dataset, learner, ranks = source.dataset, source.learner, source.ranks
+    dataset, learner, ranks = served.dataset, served.learner, served.ranks
     is_items, external = asked.what == "items", external_ids(dataset, asked.what)
     if asked.ids is None:
         if is_items:
@@ -199,10 +199,10 @@ def _vectors(source: Source, asked: Asked) -> tuple[pl.Series, Iterator[Tensor]]
 
 
 def _write(
-    source: Source, asked: Asked, ids: pl.Series, blocks: Iterator[Tensor]
+    served: Served, asked: Asked, ids: pl.Series, blocks: Iterator[Tensor]
 ) -> ExportManifest:
     """The files, then the manifest; one of files that are replaced goes before them."""
-    path, dim = asked.path(source.config.run_dir), source.learner.backbone.dim
+    path, dim = asked.path(served.config.run_dir), served.learner.backbone.dim
     norms = NormMeter()
     rounding = None if asked.dtype == "float32" else RoundingMeter(len(ids))
     vectors = Vectors(ids, dim, asked.dtype, _rounded(blocks, asked.dtype, norms, rounding))
@@ -231,7 +231,7 @@ def _write(
         index=index,
         files=about,
         versions=versions(asked.format),
-        **origin_of(source),
+        **origin_of(served),
     )
     manifest.save(manifest_path)
     return manifest

@@ -14,8 +14,8 @@ import torchrec_pt
 from torchrec_pt import checkpoint
 from torchrec_pt.config.export import Dtype, Format, What
 from torchrec_pt.export.rounding import Rounding
-from torchrec_pt.export.source import Source
 from torchrec_pt.files import sha256, write_json
+from torchrec_pt.served import Served
 
 # Package that writes, or at least reads, the files of a format.
 _PACKAGES: dict[Format, str] = {
@@ -63,17 +63,17 @@ class ExportManifest:
         write_json(path, asdict(self))
 
 
-def origin_of(source: Source) -> dict[str, Any]:
+def origin_of(served: Served) -> dict[str, Any]:
     """The fields of a manifest that say what the vectors were made of."""
-    mark = source.checkpoint / checkpoint.MARK
-    run_dir = source.config.run_dir
+    mark = served.checkpoint / checkpoint.MARK
+    run_dir = served.config.run_dir
     return {
         "checkpoint": {
-            "path": str(source.checkpoint.relative_to(run_dir)),
+            "path": str(served.checkpoint.relative_to(run_dir)),
             "sha256": sha256(mark),
         },
-        "config": source.config.digest(exclude=frozenset({"run_dir", "export"})),
-        "dataset": source.dataset.manifest.fingerprint,
+        "config": served.config.digest(exclude=frozenset({"run_dir", "export"})),
+        "dataset": served.dataset.manifest.fingerprint,
     }
 
 

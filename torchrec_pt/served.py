@@ -1,4 +1,4 @@
-"""The trained model, and the data, whose vectors are exported."""
+"""A trained model with its data, as it is exported and asked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchrec_pt.runs import find_checkpoint, find_run, load_run_config, served_
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class Served:
     """Attributes:
     config: of the run, wherever its folder is now.
     checkpoint: of the run, that the learner was loaded from.
@@ -32,7 +32,7 @@ class Source:
         return _is_of_ranking(self.checkpoint, self.config.run_dir)
 
 
-def load_source(path: Path, ranks: Ranks) -> Source:
+def load_served(path: Path, ranks: Ranks) -> Served:
     """A run's served model, or that of one of its stages or checkpoints; all ranks call it.
 
     Args:
@@ -51,7 +51,7 @@ def load_source(path: Path, ranks: Ranks) -> Source:
     is_of_ranking = _is_of_ranking(checkpoint, run_dir)
     objectives = [build_task(config, "ranking", dataset)] if is_of_ranking else []
     learner = load_learner(config, checkpoint, dataset, ranks, objectives)
-    return Source(config, checkpoint, dataset, learner, ranks)
+    return Served(config, checkpoint, dataset, learner, ranks)
 
 
 def _checkpoint_of(path: Path) -> Path:
