@@ -563,10 +563,11 @@ def test_a_full_disk_is_one_line_wherever_it_ends_and_the_same_command_goes_on(
     assert undisturbed["first"]["code"] == 0, undisturbed["first"]["complained"]
     sizes = {name: -(-size // PAGE_BYTES) for name, size in undisturbed["first"]["left"].items()}
     num_pages = sum(sizes.values())
-    num_before_report = num_pages - sizes["report.html"]
+    before_report = num_pages - sizes["report.html"]
+    before_export = before_report - sum(sizes[name] for name in sizes if name.startswith("export/"))
     # Within the dataset, checkpoints, evaluation, exports, the page.
-    some = [2, num_before_report // 4, num_before_report // 2]
-    some += [num_before_report + near for near in (-8, -7, -3, 1)]
+    some = [2, before_report // 4, before_report // 2]
+    some += [before_export - 2, before_export - 1, before_report - 3, before_report + 1]
     pages = range(1, num_pages) if everywhere else some
 
     named = set()
