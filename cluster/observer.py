@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import shutil
 import time
 import uuid
 from collections.abc import Mapping
@@ -25,6 +23,7 @@ from cluster.logs import DRIVER, Log
 from cluster.screen import Lines, failures
 from cluster.stages import EVALUATE, FINETUNE
 from cluster.work import StageWork
+from torchrec_pt.files import link_files
 
 if TYPE_CHECKING:
     from torchrec_pt.pipeline import Evaluation, RunResult
@@ -150,16 +149,6 @@ def flat_metrics(evaluation: Evaluation) -> dict[str, float]:
         for model, metrics in result.metrics.items()
         for metric, value in metrics.items()
     }
-
-
-def link_files(source: Path, target: Path) -> None:
-    """The files of a folder once more; copies where the disk has no hard links."""
-    target.mkdir(parents=True)
-    for file in source.iterdir():
-        try:
-            os.link(file, target / file.name)
-        except OSError:
-            shutil.copyfile(file, target / file.name)
 
 
 class Watch(UserCallback):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import polars as pl
 import torch
@@ -35,20 +36,16 @@ class Catalogue:
         Raises:
             UnknownIdError: no such user.
         """
-        try:
+        with _known(field):
             self._places.of_own_users([user])
-        except DataError as error:
-            raise UnknownIdError(f"{field}: {error}") from None
 
     def check_item(self, field: str, item: str | int) -> None:
         """
         Raises:
             UnknownIdError: no such item.
         """
-        try:
+        with _known(field):
             self._places.of_items([item])
-        except DataError as error:
-            raise UnknownIdError(f"{field}: {error}") from None
 
     def check_items(self, field: str, items: Sequence[str | int]) -> None:
         """
@@ -76,6 +73,18 @@ class Catalogue:
         """Users whose id begins with it, in the order of the data."""
         found = self._user_texts.str.starts_with(query.strip())
         return self._user_ids.filter(found).head(limit).to_list()
+
+
+@contextlib.contextmanager
+def _known(field: str) -> Iterator[None]:
+    """
+    Raises:
+        UnknownIdError: for the data's own error, with the field in front.
+    """
+    try:
+        yield
+    except DataError as error:
+        raise UnknownIdError(f"{field}: {error}") from None
 
 
 def _titles(dataset: PreparedDataset) -> pl.Series:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,22 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """The file once more, in a folder that is made for it; a copy where there are no hard links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
+
+
+def link_files(source: Path, target: Path) -> None:
+    """The files of a folder once more, not those of folders within."""
+    for file in sorted(source.iterdir()):
+        if file.is_file():
+            link_file(file, target / file.name)
 
 
 def sha256(path: Path) -> str:

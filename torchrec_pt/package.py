@@ -9,13 +9,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 from torchrec_pt.config import RunConfig
+from torchrec_pt.data.atomic import whole_or_nothing
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.files import WriteError, cannot_write, write_json
+from torchrec_pt.files import link_file, link_files, write_json
 from torchrec_pt.model_card import write_card
 from torchrec_pt.runs import finished_stages, load_run_config, served_stage
 
@@ -27,7 +26,7 @@ def export_package(run_dir: str | Path, out: str | Path) -> Path:
     run nor a package writes into a file that stands.
 
     Raises:
-        ValueError: no finished run there, or `out` exists.  WriteError: no space, no permission.
+        ValueError: no finished run there, `out` exists, or no space, no permission.
     """
     run_dir, out = Path(run_dir), Path(out)
     config = load_run_config(run_dir)
@@ -35,33 +34,22 @@ def export_package(run_dir: str | Path, out: str | Path) -> Path:
     served_stage(config, dataset)
     if out.exists():
         raise ValueError(f"{out}: exists; remove it, or give another folder")
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            _fill(partial, config, dataset)
-            partial.rename(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except WriteError:
-        raise
-    except OSError as error:
-        raise WriteError(cannot_write(out, error)) from None
+    with whole_or_nothing(out) as partial:
+        _fill(partial, config, dataset)
     return out
 
 
 def _fill(folder: Path, config: RunConfig, dataset: PreparedDataset) -> None:
     packaged = _without_paths(config)
     write_json(folder / "config.json", packaged.model_dump(mode="json"))
-    _link_files(config.prepared_dir, folder / "prepared")
+    link_files(config.prepared_dir, folder / "prepared")
     for name, stage in finished_stages(config, dataset).items():
         checkpoint = stage.checkpoint.relative_to(stage.folder)
-        _link_files(stage.checkpoint, folder / name / checkpoint)
-        _link(stage.folder / "result.json", folder / name / "result.json")
+        link_files(stage.checkpoint, folder / name / checkpoint)
+        link_file(stage.folder / "result.json", folder / name / "result.json")
     evaluated = config.run_dir / "evaluate/result.json"
     if evaluated.is_file():
-        _link(evaluated, folder / "evaluate/result.json")
+        link_file(evaluated, folder / "evaluate/result.json")
     write_card(folder / "README.md", config, dataset, packaged)
 
 
@@ -92,18 +80,3 @@ def _without_paths(config: RunConfig) -> RunConfig:
 
 
 _NOT_HERE = Path("another run, not in this package")
-
-
-def _link_files(source: Path, target: Path) -> None:
-    """The files of a folder, not those of folders within."""
-    for file in sorted(source.iterdir()):
-        if file.is_file():
-            _link(file, target / file.name)
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(source, target)

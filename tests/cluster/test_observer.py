@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError
 
-from cluster.observer import SCORE, Watch, causes, link_files, reported
+from cluster.observer import SCORE, Watch, causes, reported
 from cluster.screen import failures
 from cluster.stages import Stage
 from cluster.work import StageWork, Work
 from tests.conftest import tiny_config
 from torchrec_pt.distributed import LostWorkerError
+from torchrec_pt.files import link_files
 
 LOST = LostWorkerError("lost another worker (Connection closed by peer)")
 

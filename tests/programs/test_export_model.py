@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
@@ -11,12 +10,12 @@ import pytest
 
 from tests.conftest import tiny_config, write_cycle
 from tests.programs.alone import answers_alone
-from tests.programs.answers import ALL_FEATURES, answers, arguments, rich_data, worst
+from tests.programs.answers import ALL_FEATURES, answers, arguments, worst
 from tests.programs.cases import BACKBONES, CLOSE, TASKS, learner_of, programs
 from torchrec_pt import pipeline
 from torchrec_pt.config import RunConfig
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.distributed import join_ranks, joined_ranks
+from torchrec_pt.distributed import join_ranks
 from torchrec_pt.int8 import quantize_tables
 from torchrec_pt.learner import Learner
 from torchrec_pt.programs.export import export_model
@@ -27,17 +26,6 @@ from torchrec_pt.quantization import quantize_run
 STEPS = {"epochs": 1, "batch_size": 10, "warmup_steps": 0, "learning_rate": 0.01}
 # Compilers and runtimes other than torch's sum in an order of their own.
 CLOSE_ELSEWHERE = 3 * CLOSE
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks() -> Iterator[None]:
-    with joined_ranks():
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
-    return rich_data(tmp_path_factory.mktemp("rich"))
 
 
 @pytest.fixture(scope="module")

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from tests.programs.answers import answers, arguments, rich_data, worst
+from tests.programs.answers import answers, arguments, worst
 from tests.programs.cases import BACKBONES, CLOSE, TASKS, learner_of, programs
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.distributed import joined_ranks
 from torchrec_pt.int8 import quantize_tables
 from torchrec_pt.learner import Learner
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks() -> Iterator[None]:
-    with joined_ranks():
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
-    return rich_data(tmp_path_factory.mktemp("rich"))
 
 
 def disagreements(learner: Learner, data: PreparedDataset) -> dict[str, float]:
