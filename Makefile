@@ -9,7 +9,7 @@ S3REC ?=
 GROUPLENS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo demo-ray test check bench reproduce soak cuda-build clean
+.PHONY: help setup data demo demo-ray test check peers bench reproduce soak cuda-build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ check: setup ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+peers: setup ## install RecBole and RecTools, for the benchmarks, each in an environment of its own
+	@$(BIN)/python benchmarks/peers/environments.py
 
 bench: setup ## run every benchmark; results go to benchmarks/results
 	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done

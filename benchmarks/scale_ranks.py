@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from measuring import quantiles
 from scale_training import LOADS, Training, small
-from scale_turns import Contestant, take_turns_asked
+from contestants import Contestant, take_turns_asked
 from torch.profiler import ProfilerActivity, profile
 
 from torchrec_pt.distributed import joined_ranks

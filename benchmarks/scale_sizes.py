@@ -18,7 +18,7 @@ import torch
 from measuring import quantiles, take_turns
 from peak_memory import MIB, status_bytes
 from scale_training import LOADS, BareTable, Load, Training, small
-from scale_turns import Contestant, take_turns_asked
+from contestants import Contestant, take_turns_asked
 
 from torchrec_pt.distributed import joined_ranks
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -14,12 +15,21 @@ class Contestant:
     """A program of Python that calls `take_turns_asked`, on the CPU with one thread by default.
 
     `answer` waits for it, first of all until it is ready: RuntimeError if it ends before.
+
+    Args:
+        python: the interpreter, for peers in an environment of their own.
     """
 
-    def __init__(self, program: str, *arguments: object, **environment: object) -> None:
+    def __init__(
+        self,
+        program: str | Path,
+        *arguments: object,
+        python: str | Path = sys.executable,
+        **environment: object,
+    ) -> None:
         settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1, **environment}
         self.process = subprocess.Popen(
-            [sys.executable, program, *map(str, arguments)],
+            [str(python), str(program), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
