@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from contestants import Contestant, take_turns_asked
 from measuring import quantiles
 from scale_training import LOADS, Training, small
-from contestants import Contestant, take_turns_asked
 from torch.profiler import ProfilerActivity, profile
 
 from torchrec_pt.distributed import joined_ranks
