@@ -20,15 +20,15 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def mix(x: Tensor) -> Tensor:
     """splitmix64's finalizer; int64 in, int64 out, elementwise."""
     x = x + _GOLDEN
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    x = _shift_right(x, 30).bitwise_xor_(x).mul_(_MIX_1)
+    x = _shift_right(x, 27).bitwise_xor_(x).mul_(_MIX_2)
+    return _shift_right(x, 31).bitwise_xor_(x)
 
 
 def key(*parts: int | str) -> int:
@@ -105,5 +105,5 @@ def dropout(x: Tensor, p: float, token_bits: Tensor, site: int) -> Tensor:
     site_key = key("dropout", site)
     words = mix((token_bits + site_key).unsqueeze(1) + torch.arange(num_words, device=x.device))
     threshold = round(p * 65536)  # four 16-bit lots a word
-    keep = words.view(torch.int16) >= threshold - 32768
-    return x * keep * (65536 / (65536 - threshold))
+    keep = (words.view(torch.int16) >= threshold - 32768).to(x.dtype)
+    return x * keep.mul_(65536 / (65536 - threshold))

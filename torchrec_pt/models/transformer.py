@@ -257,8 +257,9 @@ class Attention:
             qkv = torch.cat([turned.flatten(1), qkv[:, 2 * dim :]], dim=1)
         padded = torch.ops.fbgemm.jagged_to_padded_dense(qkv, [self.offsets], [self.longest], 0.0)
         heads = padded.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = heads.unbind()  # whose gradients are stacked, not added to zeros
         out = F.scaled_dot_product_attention(
-            heads[0], heads[1], heads[2], attn_mask=self.mask, is_causal=self.is_causal
+            query, key, value, attn_mask=self.mask, is_causal=self.is_causal
         )
         packed = out.transpose(1, 2).flatten(2)
         return torch.ops.fbgemm.dense_to_jagged(packed, [self.offsets], qkv.shape[0])[0]
