@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A copy of MovieLens-100K of your own: GroupLens' folder, or one with ml-100k.inter, .user, .item.
 ML100K ?=
-# The folder data of https://github.com/RUCAIBox/CIKM2020-S3Rec, for reproduce.
+# The folder data of https://github.com/RUCAIBox/CIKM2020-S3Rec, for reproduce and bench.
 S3REC ?=
 # GroupLens' folder ml-100k with u1.test … u5.test, for reproduce.
 GROUPLENS ?=
@@ -14,7 +14,7 @@ GROUPLENS ?=
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  ML100K=PATH     demo: use your own copy of MovieLens-100K"
-	@echo "  S3REC=PATH      reproduce: the folder with S3-Rec's Beauty.txt and LastFM.txt"
+	@echo "  S3REC=PATH      reproduce, bench: the folder with S3-Rec's Beauty.txt and LastFM.txt"
 	@echo "  GROUPLENS=PATH  reproduce: GroupLens' folder ml-100k, for the ratings' folds"
 	@echo "  PYTHON=PATH     setup: the Python (3.10 or newer) to make .venv with"
 
@@ -42,8 +42,10 @@ check: setup ## lint, formatting and types
 peers: setup ## install RecBole and RecTools, for the benchmarks, each in an environment of its own
 	@$(BIN)/python benchmarks/peers/environments.py
 
-bench: setup ## run every benchmark; results go to benchmarks/results
+bench: data peers ## run every benchmark; writes benchmarks/results and docs/benchmarks.md (hours)
+	$(if $(S3REC),$(BIN)/python scripts/get_s3rec.py data/beauty --from "$(S3REC)/Beauty.txt")
 	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+	$(BIN)/python benchmarks/benchmarks_page.py
 
 reproduce: setup ## run every recipe over its seeds and the comparisons; writes docs/results.md (hours)
 	$(BIN)/python benchmarks/reproduce.py $(if $(S3REC),--s3rec "$(S3REC)") $(if $(GROUPLENS),--grouplens "$(GROUPLENS)")

@@ -3,8 +3,8 @@
     python benchmarks/bench_sasrec.py [--beauty FOLDER] [--rounds 3] [--quick] [--only speed|reach]
 
 - Ours by `torchrec-pt pretrain benchmarks/sasrec.toml`, RecTools by peers/rectools_sasrec.py in its
-  environment (`make peers`), of one thread each, on MovieLens-100K and, where the folder is named
-  that scripts/get_s3rec.py writes, on Amazon Beauty. Batch 128.
+  environment (`make peers`), of one thread each, on MovieLens-100K and, where scripts/get_s3rec.py
+  has written it, on Amazon Beauty. Batch 128.
 - speed: the same model, sequences a second of the training of an epoch, wall time; each in a
   process of its own, in turns, and its first epoch left out where there are several.
 - reach: NDCG@10 of the validation items over the catalogue after every epoch, validations in the
@@ -77,7 +77,7 @@ class Data:
     bars: tuple[float, float]
 
 
-def data_sets(beauty: Path | None, beauty_epochs: int, is_quick: bool) -> list[Data]:
+def data_sets(beauty: Path, beauty_epochs: int, is_quick: bool) -> list[Data]:
     cosine = ("model.similarity=cosine", "pretrain.learning_rate=2e-3")
     ml100k = Data(
         name="MovieLens-100K",
@@ -92,7 +92,10 @@ def data_sets(beauty: Path | None, beauty_epochs: int, is_quick: bool) -> list[D
     )
     if is_quick:
         return [replace(ml100k, epochs=2, peer_epochs=2, peer_reach_epochs=2)]
-    if beauty is None:
+    if not (beauty / "beauty.inter").exists():
+        print(
+            f"{beauty}: has no beauty.inter, so Beauty is left out; scripts/get_s3rec.py writes it"
+        )
         return [ml100k]
     return [
         ml100k,
@@ -208,7 +211,9 @@ def bars_of(data: Data, measured: dict[str, Any]) -> list[Bar]:
 
 def main() -> None:
     parser = build_parser(__doc__, SECTIONS, rounds_help="turns of speed, seeds of reach")
-    parser.add_argument("--beauty", type=Path, help="folder with beauty.inter")
+    parser.add_argument(
+        "--beauty", type=Path, default=ROOT / "data/beauty", help="folder with beauty.inter"
+    )
     parser.add_argument(
         "--beauty-epochs", type=int, default=0, help="of RecTools in reach, minutes each"
     )
