@@ -20,6 +20,7 @@ import pytest
 from cluster.nodes import NODE_PROCESS
 from tests.cluster import faults
 from tests.cluster.faults import Submitted
+from tests.cluster.networks import ADDRESSES, HERE, THERE, ip, two_networks
 from tests.cluster.test_faults import SAME
 
 EPOCHS = 60
@@ -94,33 +95,6 @@ def test_a_run_whose_whole_cluster_is_lost_goes_on_on_another(
 
 
 # --- two networks -------------------------------------------------------------------------------
-
-HERE, THERE = f"tpt-here-{os.getpid()}", f"tpt-there-{os.getpid()}"  # of a killed test some stay
-ADDRESSES = {HERE: "10.213.77.1", THERE: "10.213.77.2"}
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=30)
-
-
-@contextmanager
-def two_networks() -> Iterator[None]:
-    """Namespaces that see each other by one cable, and nothing else."""
-    try:
-        ip("netns", "add", HERE)
-    except (OSError, subprocess.SubprocessError):
-        pytest.skip("network namespaces need root and the ip command")
-    try:
-        ip("netns", "add", THERE)
-        ip("link", "add", "cable", "netns", HERE, "type", "veth", "peer", "cable", "netns", THERE)
-        for network, address in ADDRESSES.items():
-            ip("-n", network, "address", "add", f"{address}/24", "dev", "cable")
-            ip("-n", network, "link", "set", "cable", "up")
-            ip("-n", network, "link", "set", "lo", "up")
-        yield
-    finally:
-        for network in ADDRESSES:
-            subprocess.run(["ip", "netns", "delete", network], capture_output=True, timeout=30)
 
 
 @contextmanager
