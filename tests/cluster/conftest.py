@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -18,6 +19,13 @@ from torchrec_pt.ops import _C
 
 # Of every Ray that a test starts; ray.init would also leave a token in the home of who runs them.
 os.environ.update(ENVIRONMENT)
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """Ray's socket paths have 107 bytes in all, too few for pytest's folders."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")

@@ -23,12 +23,24 @@ START_S = 120
 
 
 @contextmanager
-def ray_node(network: str, parameters: Mapping[str, Any], env: dict[str, str]) -> Iterator[None]:
-    """`ray start`, as KubeRay writes it of rayStartParams, until the end of the block."""
-    options = [f"--{name}={value}" for name, value in parameters.items()]
-    command = ["ip", "netns", "exec", network, str(Path(sys.executable).with_name("ray")), "start"]
+def ray_node(
+    network: str, folder: Path, parameters: Mapping[str, Any], env: dict[str, str]
+) -> Iterator[None]:
+    """`ray start`, as KubeRay writes it of rayStartParams, until the end of the block.
+
+    Args:
+        folder: its /tmp/ray, as pods have one each: nodes that share it remove each other's files.
+    """
+    (folder / network).mkdir(parents=True)
+    options = [f"--{k}" if value is True else f"--{k}={value}" for k, value in parameters.items()]
+    own_folder = 'mkdir -p /tmp/ray && mount --bind "$0" /tmp/ray && exec "$@"'
     with subprocess.Popen(
-        [*command, *options, f"--node-ip-address={ADDRESSES[network]}", "--block"],
+        [
+            *("ip", "netns", "exec", network),
+            *("unshare", "--mount", "sh", "-c", own_folder, str(folder / network)),
+            *(str(Path(sys.executable).with_name("ray")), "start", *options),
+            *(f"--node-ip-address={ADDRESSES[network]}", "--block"),
+        ],
         env=env,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -41,7 +53,7 @@ def ray_node(network: str, parameters: Mapping[str, Any], env: dict[str, str]) -
 
 @pytest.mark.soak
 def test_the_rayjobs_entrypoint_trains_on_nodes_started_with_its_parameters_and_a_token(
-    tmp_path: Path, cycle_folder: Path
+    tmp_path: Path, cycle_folder: Path, ray_folder: Path
 ) -> None:
     """With --device cpu for lack of a GPU, and the configuration where it lies."""
     spec = yaml.safe_load((ROOT / "cluster/kubernetes/rayjob.yaml").read_text())["spec"]
@@ -66,9 +78,12 @@ def test_the_rayjobs_entrypoint_trains_on_nodes_started_with_its_parameters_and_
     memory = {"object-store-memory": 128 * 2**20}
     with (
         two_networks(),
-        ray_node(HERE, {"head": True, "port": 6379, **head, **memory}, env),
+        ray_node(HERE, ray_folder, {"head": True, "port": 6379, **head, **memory}, env),
         ray_node(
-            THERE, {"address": f"{ADDRESSES[HERE]}:6379", "num-cpus": 2, **worker, **memory}, env
+            THERE,
+            ray_folder,
+            {"address": f"{ADDRESSES[HERE]}:6379", "num-cpus": 2, **worker, **memory},
+            env,
         ),
     ):
         wait_for_two_nodes(env)

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -130,13 +129,6 @@ def node_in(network: str, folder: Path, **given: Any) -> Iterator[tuple[int, dic
             yield process.pid, json.loads(process.stdout.readline())
         finally:
             process.kill()  # Ray's processes die with it
-
-
-@pytest.fixture
-def ray_folder() -> Iterator[Path]:
-    """Ray's socket paths have 107 bytes in all, too few for pytest's folders."""
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as name:
-        yield Path(name)
 
 
 @pytest.mark.soak
