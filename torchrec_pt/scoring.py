@@ -7,6 +7,7 @@ differently with its shape; so a score has the same bits for any number of ranks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar, overload
 
@@ -218,18 +219,18 @@ def top_items(
     """
     num_rows = len(queries) if isinstance(queries, Tensor) else queries.num_rows
     best = BestItems(num_rows, min(k, num_items), ranks.device)
-    hidden = None if seen is None else ByItem(seen.to(ranks.device))
+    none = torch.zeros(num_rows, dtype=torch.int64)
+    seen = Jagged.from_lengths(none[:0], none) if seen is None else seen
+    hidden = ByItem(seen.to(ranks.device))
     refused = None if allowed is None else ~allowed.to(ranks.device)
     own, per_visit = own_items(num_items, ranks), SCORES_AT_A_TIME // max(num_rows, 1)
-    blocks = item_blocks(own)
-    visited = max(1, per_visit // ITEM_BLOCK)
-    for first in range(0, len(blocks), visited):
-        together = blocks[first : first + visited]
-        items = range(together[0].start, together[-1].stop)
-        scores = torch.cat([scorer.scores(queries, block) for block in together], dim=1)
+    size = max(1, per_visit // ITEM_BLOCK) * ITEM_BLOCK
+    visits = [own[begin : begin + size] for begin in range(0, len(own), size)]
+    for items, here in zip(visits, hidden.within(visits), strict=True):
+        blocks = item_blocks(items)
+        scores = torch.cat([scorer.scores(queries, block) for block in blocks], dim=1)
         scores = scores.to(ranks.device)
-        if hidden is not None:
-            hidden.hide(scores, items)
+        hidden.hide(scores, items, here)
         if refused is not None:
             scores.masked_fill_(refused[items.start : items.stop], -torch.inf)
         best.add(scores, items)
@@ -307,13 +308,12 @@ class ByItem:
         self._jagged, self._rows = items, items.rows
         self._ascending, self._order = items.values.sort()
 
-    def within(self, block: range) -> Tensor:
-        """Places of the entries whose items the block holds."""
-        edges = self._ascending.new_tensor([block.start, block.stop])
-        begin, end = torch.searchsorted(self._ascending, edges).tolist()
-        return self._order[begin:end]
+    def within(self, blocks: Sequence[range]) -> list[Tensor]:
+        """Of each block the places of the entries whose items it holds."""
+        edges = self._ascending.new_tensor([[block.start, block.stop] for block in blocks])
+        found = torch.searchsorted(self._ascending, edges.view(-1, 2)).tolist()
+        return [self._order[begin:end] for begin, end in found]
 
-    def hide(self, scores: Tensor, block: range) -> None:
-        """The scores (B, len(block)) of each row's own items become −inf."""
-        here = self.within(block)
+    def hide(self, scores: Tensor, block: range, here: Tensor) -> None:
+        """Of the entries `here`, those within the block, the scores (B, len(block)) become −inf."""
         scores[self._rows[here], self._jagged.values[here] - block.start] = -torch.inf
