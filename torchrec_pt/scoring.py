@@ -248,18 +248,32 @@ class BestItems:
     def __init__(self, num_rows: int, k: int, device: torch.device) -> None:
         nothing = torch.full((num_rows, k), -torch.inf, device=device)
         self._best = _place(nothing) << 32  # behind any item
+        self._has_any = False
 
     def add(self, scores: Tensor, items: range) -> None:
         """Scores (B, len(items)) float32; −inf for what is no candidate."""
         if not self._best.numel():
             return
-        # Soon few rows find an item that is better than their k-th.
-        rows = torch.nonzero(scores.amax(1) >= self.scores[:, -1]).squeeze(1)
+        if not self._has_any:
+            self._has_any = True
+            columns = torch.arange(len(items), device=scores.device)
+            self._best = self._largest([self._best, _packed(scores, items.start + columns)])
+            return
+        # Soon few rows find items as good as their k-th, and only a few of these.
+        least = self.scores[:, -1]
+        rows = torch.nonzero(scores.amax(1) >= least).squeeze(1)
         if not len(rows):
             return
-        ids = torch.arange(items.start, items.stop, device=scores.device)
-        found = (_place(scores[rows]) << 32) + (_LAST_ID - ids)
-        self._best[rows] = self._largest([self._best[rows], found])
+        scores = scores[rows]
+        row, column = torch.nonzero(scores >= least[rows].unsqueeze(1)).unbind(1)
+        found = Jagged.from_lengths(
+            _packed(scores[row, column], items.start + column),
+            torch.bincount(row, minlength=len(rows)),
+        )
+        most = int(found.lengths.max())
+        padded = self._best.new_full((len(rows), most), torch.iinfo(torch.int64).min)
+        padded[row, found.positions] = found.values
+        self._best[rows] = self._largest([self._best[rows], padded])
 
     def merge_ranks(self) -> None:
         """Of what all ranks added; every rank calls it."""
@@ -285,6 +299,11 @@ class BestItems:
 
 
 _LAST_ID = 2**32 - 1
+
+
+def _packed(scores: Tensor, ids: Tensor) -> Tensor:
+    """int64 that order as the scores, float32, and of equal ones the smaller id as the larger."""
+    return (_place(scores) << 32) + (_LAST_ID - ids)
 
 
 def _place(scores: Tensor) -> Tensor:
