@@ -1,6 +1,6 @@
 """Full-catalogue evaluation beside RecBole's, of Beauty: users a second, and memory.
 
-    python benchmarks/bench_evaluate.py [--beauty FOLDER] [--rounds 5] [--quick]
+    python benchmarks/bench_evaluate.py [--beauty FOLDER] [--rounds 3] [--quick]
 
 FOLDER is what scripts/get_s3rec.py writes: 22,363 users, each of whom has one test item among
 12,101 items. SASRec of 2 layers, dim 64, length 50 with initial values, one thread each, in turns;
@@ -37,7 +37,7 @@ NUM_USERS_QUICK = 1000
 def main() -> None:
     parser = build_parser(__doc__, ("evaluation",), rounds_help="turns of each that count")
     parser.add_argument("--beauty", type=Path, default=ROOT / "data/beauty")
-    parser.set_defaults(device="cpu")
+    parser.set_defaults(rounds=3, device="cpu")
     arguments = parser.parse_args()
     if arguments.device != "cpu" or arguments.threads != 1:
         parser.error("--device, --threads: this benchmark is of one thread on the CPU")
