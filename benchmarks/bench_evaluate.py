@@ -4,11 +4,14 @@
 
 FOLDER is what scripts/get_s3rec.py writes: 22,363 users, each of whom has one test item among
 12,101 items. SASRec of 2 layers, dim 64, length 50 with initial values, one thread each, in turns;
-from the data in memory to HR, NDCG and MRR at 5 and 10. RecBole's Trainer.evaluate in mode full, in
-its environment (`make peers`), with its default batch of 4096 users and with smaller ones, of which
-the fastest counts. Ours: evaluate_turns.py says what "ranks" and "lists" are. What differs: ours
-has the rank of every test item and leaves out what a user took before, which RecBole's ranking of
-sequences does not; RecBole's MRR is cut at k.
+from the data in memory to HR, NDCG and MRR at 5 and 10.
+
+- RecBole's Trainer.evaluate in mode full, in its environment (`make peers`), with its default batch
+  of 4096 users, and with smaller ones, which are faster.
+- Ours with its default of 256: evaluate_turns.py says what "ranks" and "lists" are.
+
+What differs: ours has the rank of every test item, and leaves out what a user took before, which
+RecBole does not where it ranks for sequences; RecBole's MRR is cut at k.
 
 Writes benchmarks/results/evaluate.json; of --quick only where --out says.
 """
@@ -73,9 +76,10 @@ def main() -> None:
     to_best, to_default = ratios_to(rows, best), ratios_to(rows, f"RecBole, {DEFAULT_BATCH} users")
     text = "users a second over RecBole's at"
     bars = [
-        at_least(f"{text} its best batch", 5, [(to_best["ours, ranks"], best)]),
-        without_bound(f"{text} its default", [(to_default["ours, ranks"], "ranks")]),
-        without_bound(f"{text} its best batch", [(to_best["ours, lists"], "lists")]),
+        at_least(f"{text} its default batch", 5, [(to_default["ours, ranks"], "ours, ranks")]),
+        at_least(f"{text} its best batch", 5, [(to_best["ours, ranks"], f"ours, ranks; {best}")]),
+        without_bound(f"{text} its default batch", [(to_default["ours, lists"], "ours, lists")]),
+        without_bound(f"{text} its best batch", [(to_best["ours, lists"], "ours, lists")]),
     ]
     console = Console(width=max(Console().width, 120))
     console.print(turns_table("evaluation over the full catalogue", "users", rows))
