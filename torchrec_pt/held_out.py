@@ -158,14 +158,13 @@ def _rank_block(
 
     The first rank of a target is over the catalogue, the second among its candidates.
     """
-    row, item, wanted = targets.rows, targets.values, ByItem(targets)
+    row, item, blocks = targets.rows, targets.values, item_blocks(items)
     named = torch.cat([item, candidates.values])
     named_row = torch.cat([row, row[candidates.rows]])
-    by_item = ByItem(Jagged.stack([targets, candidates]))
+    named_in = ByItem(Jagged.stack([targets, candidates])).within(blocks)
     named_scores = torch.zeros(len(named), device=row.device)
     kept: dict[int, Tensor] = {}
-    for block in item_blocks(items):
-        here = by_item.within(block)
+    for block, here in zip(blocks, named_in, strict=True):
         if len(here):
             scores = scorer.scores(queries, block).to(row.device)
             named_scores[here] = scores[named_row[here], named[here] - block.start]
@@ -175,21 +174,24 @@ def _rank_block(
     among = _count_candidates_ahead(own, others, item, candidates)
 
     hidden, best = ByItem(seen), BestItems(targets.num_rows, k, row.device)
-    counts = row.new_zeros(len(row) + 1)  # items ahead of each target; scores that are not finite
-    for block in item_blocks(items):
+    each_block = zip(blocks, hidden.within(blocks), ByItem(targets).within(blocks), strict=True)
+    counts = row.new_zeros(len(row) + 1)  # items ahead of each target; blocks that are not finite
+    have_one_each = bool((targets.lengths == 1).all())
+    for block, seen_here, here in each_block:
         if block.start in kept:
             scores = kept.pop(block.start)
         else:
             scores = scorer.scores(queries, block).to(row.device)
-        counts[-1] += (~torch.isfinite(scores)).sum()
-        hidden.hide(scores, block)
-        here = wanted.within(block)
-        scores[row[here], item[here] - block.start] = own[here]  # a candidate though seen
+        counts[-1] += ~torch.isfinite(scores.sum())  # as one that is not makes it
+        hidden.hide(scores, block, seen_here)
+        place = item[here] - block.start
+        scores[row[here], place] = own[here]  # a candidate though seen
         if k:
             best.add(scores, block)
+        counts[here] += _count_tied_before(scores[row[here]], own[here], place)
         for some in torch.arange(len(row), device=row.device).split(TARGETS_AT_A_TIME):
-            place = item[some] - block.start
-            counts[some] += _count_ahead(scores[row[some]], own[some].unsqueeze(1), place)
+            of_target = scores if have_one_each else scores[row[some]]
+            counts[some] += _count_ahead(of_target, own[some], item[some] >= block.stop)
     counts = sum_over_ranks(counts)
     if counts[-1]:
         raise ValueError("ranking: the model's scores are not finite; lower the learning rate")
@@ -198,11 +200,25 @@ def _rank_block(
     return torch.stack([counts[:-1], among], dim=1) + 1, best
 
 
-def _count_ahead(scores: Tensor, own: Tensor, place: Tensor) -> Tensor:
-    """(T,) int64: items of a block (T, N) that stand before the target at column `place` (T,)."""
+def _count_ahead(scores: Tensor, own: Tensor, is_before: Tensor) -> Tensor:
+    """(T,) int64: items of a block (T, N) ahead of a target that scores `own` (T,).
+
+    Of the target's own block without equal scores: `_count_tied_before`.
+
+    Args:
+        scores: overwritten.
+        is_before: (T,) bool, whether the block's items stand before the target where scores are
+            equal.
+    """
+    below = torch.nextafter(own, torch.full_like(own, -torch.inf))
+    bound = torch.where(is_before, below, own)
+    return scores.gt_(bound.unsqueeze(1)).sum(1).long()  # of 0 and 1, which float32 sums exactly
+
+
+def _count_tied_before(scores: Tensor, own: Tensor, place: Tensor) -> Tensor:
+    """(T,) int64: equal scores in a block (T, N) before the target's at column `place` (T,)."""
     columns = torch.arange(scores.shape[1], device=scores.device)
-    is_tied_before = (scores == own) & (columns < place.unsqueeze(1))
-    return ((scores > own) | is_tied_before).sum(1)
+    return ((scores == own.unsqueeze(1)) & (columns < place.unsqueeze(1))).sum(1)
 
 
 def _count_candidates_ahead(

@@ -7,6 +7,7 @@ differently with its shape; so a score has the same bits for any number of ranks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar, overload
 
@@ -218,18 +219,18 @@ def top_items(
     """
     num_rows = len(queries) if isinstance(queries, Tensor) else queries.num_rows
     best = BestItems(num_rows, min(k, num_items), ranks.device)
-    hidden = None if seen is None else ByItem(seen.to(ranks.device))
+    none = torch.zeros(num_rows, dtype=torch.int64)
+    seen = Jagged.from_lengths(none[:0], none) if seen is None else seen
+    hidden = ByItem(seen.to(ranks.device))
     refused = None if allowed is None else ~allowed.to(ranks.device)
     own, per_visit = own_items(num_items, ranks), SCORES_AT_A_TIME // max(num_rows, 1)
-    blocks = item_blocks(own)
-    visited = max(1, per_visit // ITEM_BLOCK)
-    for first in range(0, len(blocks), visited):
-        together = blocks[first : first + visited]
-        items = range(together[0].start, together[-1].stop)
-        scores = torch.cat([scorer.scores(queries, block) for block in together], dim=1)
+    size = max(1, per_visit // ITEM_BLOCK) * ITEM_BLOCK
+    visits = [own[begin : begin + size] for begin in range(0, len(own), size)]
+    for items, here in zip(visits, hidden.within(visits), strict=True):
+        blocks = item_blocks(items)
+        scores = torch.cat([scorer.scores(queries, block) for block in blocks], dim=1)
         scores = scores.to(ranks.device)
-        if hidden is not None:
-            hidden.hide(scores, items)
+        hidden.hide(scores, items, here)
         if refused is not None:
             scores.masked_fill_(refused[items.start : items.stop], -torch.inf)
         best.add(scores, items)
@@ -247,18 +248,32 @@ class BestItems:
     def __init__(self, num_rows: int, k: int, device: torch.device) -> None:
         nothing = torch.full((num_rows, k), -torch.inf, device=device)
         self._best = _place(nothing) << 32  # behind any item
+        self._has_any = False
 
     def add(self, scores: Tensor, items: range) -> None:
         """Scores (B, len(items)) float32; −inf for what is no candidate."""
         if not self._best.numel():
             return
-        # Soon few rows find an item that is better than their k-th.
-        rows = torch.nonzero(scores.amax(1) >= self.scores[:, -1]).squeeze(1)
+        if not self._has_any:
+            self._has_any = True
+            columns = torch.arange(len(items), device=scores.device)
+            self._best = self._largest([self._best, _packed(scores, items.start + columns)])
+            return
+        # Soon few rows find items as good as their k-th, and only a few of these.
+        least = self.scores[:, -1]
+        rows = torch.nonzero(scores.amax(1) >= least).squeeze(1)
         if not len(rows):
             return
-        ids = torch.arange(items.start, items.stop, device=scores.device)
-        found = (_place(scores[rows]) << 32) + (_LAST_ID - ids)
-        self._best[rows] = self._largest([self._best[rows], found])
+        scores = scores[rows]
+        row, column = torch.nonzero(scores >= least[rows].unsqueeze(1)).unbind(1)
+        found = Jagged.from_lengths(
+            _packed(scores[row, column], items.start + column),
+            torch.bincount(row, minlength=len(rows)),
+        )
+        most = int(found.lengths.max())
+        padded = self._best.new_full((len(rows), most), torch.iinfo(torch.int64).min)
+        padded[row, found.positions] = found.values
+        self._best[rows] = self._largest([self._best[rows], padded])
 
     def merge_ranks(self) -> None:
         """Of what all ranks added; every rank calls it."""
@@ -286,6 +301,11 @@ class BestItems:
 _LAST_ID = 2**32 - 1
 
 
+def _packed(scores: Tensor, ids: Tensor) -> Tensor:
+    """int64 that order as the scores, float32, and of equal ones the smaller id as the larger."""
+    return (_place(scores) << 32) + (_LAST_ID - ids)
+
+
 def _place(scores: Tensor) -> Tensor:
     """int64, in the range of int32, that order as float32 scores do; −0 and 0 are one."""
     return _flip_negative((scores + 0.0).view(torch.int32)).long()
@@ -307,13 +327,12 @@ class ByItem:
         self._jagged, self._rows = items, items.rows
         self._ascending, self._order = items.values.sort()
 
-    def within(self, block: range) -> Tensor:
-        """Places of the entries whose items the block holds."""
-        edges = self._ascending.new_tensor([block.start, block.stop])
-        begin, end = torch.searchsorted(self._ascending, edges).tolist()
-        return self._order[begin:end]
+    def within(self, blocks: Sequence[range]) -> list[Tensor]:
+        """Of each block the places of the entries whose items it holds."""
+        edges = self._ascending.new_tensor([[block.start, block.stop] for block in blocks])
+        found = torch.searchsorted(self._ascending, edges.view(-1, 2)).tolist()
+        return [self._order[begin:end] for begin, end in found]
 
-    def hide(self, scores: Tensor, block: range) -> None:
-        """The scores (B, len(block)) of each row's own items become −inf."""
-        here = self.within(block)
+    def hide(self, scores: Tensor, block: range, here: Tensor) -> None:
+        """Of the entries `here`, those within the block, the scores (B, len(block)) become −inf."""
         scores[self._rows[here], self._jagged.values[here] - block.start] = -torch.inf

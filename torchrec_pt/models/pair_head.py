@@ -208,9 +208,10 @@ class HistoryAttention(nn.Module):
             each.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for each in (query, key, value)
         )
         # (R, H, M, L); a head's vectors count as if they were whole ones
-        logits = query @ key.transpose(2, 3) * (self.num_heads**0.5 / key.shape[3] ** 0.5)
+        scale = self.num_heads**0.5 / key.shape[3] ** 0.5
+        logits = (query @ key.transpose(2, 3)).mul_(scale)
         if between is not None:
-            logits = logits + self._time_bias(between)
+            logits.add_(self._time_bias(between))
         mean = (self._shares(logits, is_hidden) @ value).transpose(1, 2).flatten(2)
         shares = self._shares(logits, is_hidden | (told[..., 1] == 0))
         echo = (shares @ told[..., :1].unsqueeze(1)).squeeze(3).transpose(1, 2)
@@ -219,13 +220,14 @@ class HistoryAttention(nn.Module):
     def _shares(self, logits: Tensor, is_hidden: Tensor) -> Tensor:
         """(R, H, most targets, longest) softmax beside the null key; hidden: (R, longest)."""
         null = self.null.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-        seen = logits.masked_fill(is_hidden[:, None, None], -torch.inf)
-        return torch.cat([null, seen], dim=3).softmax(dim=3)[..., 1:]
+        # Added: to fill them, and their gradient with zeros, takes several times as long.
+        hiding = torch.zeros_like(is_hidden, dtype=logits.dtype).masked_fill_(is_hidden, -torch.inf)
+        seen = torch.cat([null, logits], dim=3).add_(F.pad(hiding, (1, 0))[:, None, None])
+        return seen.softmax(dim=3)[..., 1:]
 
     def _time_bias(self, between: Tensor) -> Tensor:
         """(R, H, M, L)"""
-        bucket = time_bucket(between)
-        bucket = torch.where(between < 0, NUM_TIME_BUCKETS + 1 + bucket, bucket)
+        bucket = time_bucket(between).add_(between < 0, alpha=NUM_TIME_BUCKETS + 1)
         flat = bucket.flatten().expand(self.num_heads, -1)
         return self.elapsed.gather(1, flat).unflatten(1, bucket.shape).transpose(0, 1)
 

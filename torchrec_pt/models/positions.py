@@ -78,8 +78,8 @@ class RelativeTimeBias(nn.Module):
 
 def time_bucket(between: Tensor) -> Tensor:
     """int64 of the bucket of each time between (…) float32, NaN where one is not known."""
-    bucket = (between.abs().clamp(min=1).log() / TIME_BUCKET_WIDTH).clamp(max=NUM_TIME_BUCKETS - 1)
-    return bucket.nan_to_num(nan=NUM_TIME_BUCKETS).long()
+    bucket = between.abs().clamp_(min=1).log_().div_(TIME_BUCKET_WIDTH)
+    return bucket.clamp_(max=NUM_TIME_BUCKETS - 1).nan_to_num_(nan=NUM_TIME_BUCKETS).long()
 
 
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:

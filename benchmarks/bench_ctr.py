@@ -1,0 +1,91 @@
+"""Training of the ctr task beside RecBole's DCN-v2, on MovieLens-100K: labelled pairs a second.
+
+    python benchmarks/bench_ctr.py [--rounds 5] [--quick]
+
+Ratings of 4 and more are clicks, 8 : 1 : 1 at random, with the features that RecBole takes. One
+thread each, epochs of training alone, in turns; RecBole at its defaults in its environment
+(`make peers`). A turn is about 80,000 pairs of both.
+
+- DCN-v2, float32 (benchmarks/ctr.toml): the same MLP of 768 and 768 over vectors of 16, which is
+  nine tenths of the arithmetic of both, and batches of as many pairs. What differs: two cross
+  layers of rank 16 where RecBole has three of full rank; gelu without RecBole's batch norms; no
+  vector of the user's own, but the mean and the attention of up to 50 items of the history, and
+  factors; batches of users, not of rows.
+- DCN-v2, bf16: the same with `precision = "bf16"`, which RecBole's defaults do not have.
+- cross, default MLP: the same with the task's own MLP of 128 and 64.
+- recipe: configs/ml100k_ctr.toml, a transformer of dim 64 over 100 items and 400 labels a user.
+
+Writes benchmarks/results/ctr.json; of --quick only where --out says.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from bars import at_least, bar_table, without_bound
+from conditions import ROOT, build_parser, conditions, default_out, write_json
+from contestants import Contestant
+from ctr_epochs import DCN_V2, MODELS
+from peers.environments import python_of
+from rich.console import Console
+from turns import ratios_to, take_turns, turns_table
+
+BENCHMARKS = ROOT / "benchmarks"
+PEER = "RecBole DCN-v2"
+
+
+def main() -> None:
+    parser = build_parser(__doc__, ("training",), rounds_help="turns of each that count")
+    parser.set_defaults(device="cpu")
+    arguments = parser.parse_args()
+    if arguments.device != "cpu" or arguments.threads != 1:
+        parser.error("--device, --threads: this benchmark is of one thread on the CPU")
+    if arguments.out is None and not arguments.quick:
+        arguments.out = default_out("ctr")
+    torch.set_num_threads(1)
+    header = conditions("cpu") | {"peer": "RecBole 1.2.1"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ours = Contestant(BENCHMARKS / "ctr_epochs.py", folder)
+        sizes = ours.answer()["models"]
+        export = [BENCHMARKS / "peers/export_recbole.py", folder / "ctr/prepared"]
+        subprocess.run([sys.executable, *export, folder / "recbole"], check=True)
+        peer = Contestant(
+            BENCHMARKS / "peers/recbole_ctr_epochs.py",
+            folder / "recbole",
+            python=python_of("recbole"),
+            PYTHONPATH=BENCHMARKS,
+            PYTHONWARNINGS="ignore",
+        )
+        sizes[PEER] = peer.answer()
+        entrants = {PEER: (peer, "epoch")}
+        entrants |= {name: (ours, name) for name in MODELS}
+        rows = take_turns(entrants, 1 if arguments.quick else arguments.rounds)
+        for contestant in (ours, peer):
+            contestant.close()
+            contestant.wait()
+    ratios = ratios_to(rows, PEER)
+    bars = [
+        at_least("pairs a second over RecBole's DCN-v2", 2, [(ratios[DCN_V2], DCN_V2)]),
+        *(without_bound("the same", [(ratios[name], name)]) for name in MODELS if name != DCN_V2),
+    ]
+    console = Console(width=max(Console().width, 120))
+    console.print(turns_table("training of ctr", "pairs", rows))
+    console.print(bar_table(bars))
+    if arguments.out is not None:
+        found = {
+            "models": sizes,
+            "bars": [asdict(bar) for bar in bars],
+            "ratios": ratios,
+            "rows": [asdict(row) for row in rows],
+        }
+        write_json(arguments.out, header, found)
+
+
+if __name__ == "__main__":
+    main()
