@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 
 from torchrec_pt.data.errors import DataError
-from torchrec_pt.data.splits import TRAIN, is_taken, time_order
+from torchrec_pt.data.splits import TRAIN, is_taken, sort_by_user
 
 
 def entities(rows: pl.DataFrame, of: str) -> pl.DataFrame:
@@ -68,11 +68,13 @@ def renumber(rows: pl.DataFrame, dense: Mapping[str, pl.DataFrame]) -> pl.DataFr
     """Rows with dense ids in place of external ones, sorted by user, then time.
 
     Args:
+        rows: those of each user in the order of the files or of time.
         dense: of "user" and "item" what `dense_ids` gives; those of other rows may be there, too.
     """
     for name in ("user", "item"):
-        rows = rows.join(dense[name], on=name).drop(name).rename({"dense": name})
-    rows = rows.sort("user", *time_order(rows)).drop("row")
+        rows = rows.join(dense[name], on=name, maintain_order="left")
+        rows = rows.drop(name).rename({"dense": name})
+    rows = sort_by_user(rows).drop("row")
     order = ["user", "item", "timestamp", "rating", "label", "split"]
     known = [name for name in order if name in rows.columns]
     return rows.select(*known, pl.exclude(known))

@@ -66,10 +66,10 @@ def write_block(scratch: Scratch, block: pl.DataFrame) -> int:
 def write_partitions(path: Path, rows: pl.DataFrame, user: str, scratch: Scratch) -> None:
     """Rows by the partition of the column `user`, one batch for each partition."""
     num = scratch.num_partitions
-    rows = rows.with_columns((pl.col(user).hash() % num).alias("__partition__"))
-    rows = rows.sort("__partition__", maintain_order=True)
-    heights = np.bincount(rows["__partition__"].to_numpy(), minlength=num)
-    write_batches(path, cut(rows.drop("__partition__"), heights.tolist()))
+    partition = (rows[user].hash() % num).cast(pl.UInt16).to_numpy()
+    order = np.argsort(partition, kind="stable")  # by radix, as there are 16 bits
+    heights = np.bincount(partition, minlength=num)
+    write_batches(path, cut(rows[order], heights.tolist()))
 
 
 def write_batches(path: Path, batches: Iterable[pl.DataFrame]) -> None:

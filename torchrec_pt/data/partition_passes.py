@@ -33,8 +33,8 @@ from torchrec_pt.data.splits import (
     RowCounts,
     count_rows,
     is_drawn,
+    sort_by_user,
     split_rows,
-    time_order,
     unknown_splits,
 )
 
@@ -87,7 +87,7 @@ def assign(
         rows = rows.sort("row")
         draw = read_batches(scratch.of("draws", partition))["draw"]
     else:
-        rows = rows.sort("user", *time_order(rows))
+        rows = sort_by_user(rows)
     if unknown := unknown_splits(rows, split):
         cell, num = unknown
         return Unknown(_user_of_unknown(rows, cell), cell, num)
@@ -131,7 +131,9 @@ def _core(
     if scratch.alive.exists():
         alive = read_batches(scratch.alive)
         rows = rows.join(alive, on="item", how="semi", maintain_order="left")
-    return rows.filter(pl.len().over("user") >= filters.user_core)
+    if filters.user_core > 1:
+        rows = rows.filter(pl.len().over("user") >= filters.user_core)
+    return rows
 
 
 def _user_of_unknown(rows: pl.DataFrame, cell: str) -> Any:
