@@ -34,8 +34,9 @@ def merge_entities(tables: Sequence[pl.DataFrame]) -> pl.DataFrame:
         pl.concat(tables)
         .group_by("external_id")
         .agg(
-            pl.col("count", "num_rows").sum(),
+            pl.col("count").sum(),
             pl.col("trains").any(),
+            pl.col("num_rows").sum(),
             pl.col("train_row", "first_row").min(),
         )
     )

@@ -6,6 +6,7 @@ these files are read back soon, once or twice, and then go away.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow as pa
 
 from torchrec_pt.data.errors import reading
 from torchrec_pt.data.parts import cut
+from torchrec_pt.files import WriteError, cannot_write
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,27 @@ def write_partitions(path: Path, rows: pl.DataFrame, user: str, scratch: Scratch
 
 
 def write_batches(path: Path, batches: Iterable[pl.DataFrame]) -> None:
-    """A file of at least one batch, which may be empty; once it bears its name it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A file of at least one batch, which may be empty; once it bears its name it is whole.
+
+    Nobody waits for the disk to hold it, as `whole_file` does: it goes away with the preparation.
+
+    Raises:
+        WriteError: instead of an OSError (no space, no permission).
+    """
     partial = path.with_name(f".{path.name}.partial")
-    writer = None
     try:
-        for batch in batches:
-            table = batch.to_arrow()
-            if writer is None:
-                writer = pa.ipc.new_file(partial, table.schema)
-            columns = [column.combine_chunks() for column in table.columns]
-            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=table.schema))
-    finally:
-        if writer is not None:
-            writer.close()
-    partial.rename(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            writer = None
+            for batch in batches:
+                table = batch.to_arrow()
+                if writer is None:
+                    writer = stack.enter_context(pa.ipc.new_file(partial, table.schema))
+                columns = [column.combine_chunks() for column in table.columns]
+                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=table.schema))
+        partial.rename(path)
+    except OSError as error:
+        raise WriteError(cannot_write(path, error)) from None
 
 
 def read_batches(

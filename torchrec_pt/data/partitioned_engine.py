@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,7 +103,7 @@ class PartitionedInteractions:
         """Drop items until all that are left have enough rows, and the users, too."""
         while True:
             num_rows = sum(self._each(count_items, filters))
-            counts = pl.concat(self._tables("item_rows")).group_by("item").agg(pl.col("len").sum())
+            counts = _merge(self._tables("item_rows"), _add_counts)
             alive = counts.filter(pl.col("len") >= filters.item_core)
             if alive.height == counts.height:
                 return num_rows
@@ -144,7 +144,7 @@ class PartitionedInteractions:
     def entities(self) -> tuple[pl.DataFrame, pl.DataFrame]:
         users = pl.concat(self._tables("users"))
         assert users["external_id"].is_unique().all()  # or who dealt them disagree
-        return users, merge_entities(self._tables("items"))
+        return users, _merge(self._tables("items"), merge_entities)
 
     def number(
         self,
@@ -168,6 +168,22 @@ class PartitionedInteractions:
         table = pq.read_table(self._written, columns=[name])
         return pl.DataFrame(pl.from_arrow(table))[name].rechunk()
 
-    def _tables(self, pass_name: str) -> list[pl.DataFrame]:
-        partitions = range(self._scratch.num_partitions)
-        return [read_batches(self._scratch.of(pass_name, partition)) for partition in partitions]
+    def _tables(self, pass_name: str) -> Iterator[pl.DataFrame]:
+        for partition in range(self._scratch.num_partitions):
+            yield read_batches(self._scratch.of(pass_name, partition))
+
+
+def _merge(
+    tables: Iterable[pl.DataFrame], merge: Callable[[Sequence[pl.DataFrame]], pl.DataFrame]
+) -> pl.DataFrame:
+    """merge(all tables) while they come, so that no more than twice its rows wait in memory."""
+    waiting: list[pl.DataFrame] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(one.height for one in waiting[1:]) >= waiting[0].height:
+            waiting = [merge(waiting)]
+    return merge(waiting)
+
+
+def _add_counts(tables: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    return pl.concat(tables).group_by("item").agg(pl.col("len").sum())
