@@ -50,19 +50,19 @@ ROWS_IN_MEMORY = 1 << 21
 _T = TypeVar("_T")
 
 
-def open_locally(config: DataConfig, raw: RawData, scratch: Path) -> Interactions:
-    """In memory, or, of a long log, by partitions: whichever it is, the dataset is the same."""
-    if raw.num_rows <= ROWS_IN_MEMORY:
-        return PolarsInteractions(config, raw, scratch)
-    return PartitionedInteractions(config, raw, scratch, Sizes())
-
-
 @dataclass(frozen=True)
 class Sizes:
     """What is held at a time, in rows."""
 
     block: int = 1 << 20
     partition: int = 1 << 20
+
+
+def open_locally(config: DataConfig, raw: RawData, scratch: Path) -> Interactions:
+    """In memory, or, of a long log, by partitions: whichever it is, the dataset is the same."""
+    if raw.num_rows <= ROWS_IN_MEMORY:
+        return PolarsInteractions(config, raw, scratch)
+    return PartitionedInteractions(config, raw, scratch, Sizes())
 
 
 class PartitionedInteractions:
