@@ -82,6 +82,7 @@ def prepare(
     Raises:
         DataError: bad raw data, nothing left to train on, `out` is something else, another
             process is preparing it, a full disk, an encoder that is not there.
+        WriteError: no space for what waits on the disk.
     """
     out = Path(out)
     sources = tuple(_describe(path) for path in find_sources(config).files)
