@@ -3,8 +3,9 @@
     python benchmarks/bench_ingest.py [--rounds 3] [--quick]
 
 Both on this machine, in turns, each in processes of its own; the datasets must be the same bytes.
-On one machine Ray Data can only lose: it writes and reads every row several times so that no
-process holds them all. What it buys is in the columns of memory, and machines that one could add.
+On one machine Ray Data can only lose: of long logs the local engine, too, writes and reads every
+row several times so that no process holds them all, and none of it goes through other processes.
+What Ray Data buys is machines that one could add.
 
 Writes benchmarks/results/ingest.json; of --quick only where --out says.
 """

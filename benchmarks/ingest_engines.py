@@ -44,9 +44,9 @@ def measure(engine: str, config: Path, root: Path) -> Measured:
     )
     driver, task = 0, 0
     while process.poll() is None:
-        driver = max(driver, _peak_bytes(process.pid))
+        driver = max(driver, peak_bytes(process.pid))
         if engine == "ray":
-            task = max([task, *map(_peak_bytes, _tasks_of(process.pid))])
+            task = max([task, *map(peak_bytes, _tasks_of(process.pid))])
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     wall_s = time.monotonic() - start
     output, errors = process.communicate()
@@ -72,7 +72,8 @@ def _tasks_of(driver: int) -> list[int]:
     return [pid for pid in found if _read(Path(f"/proc/{pid}/cmdline")).startswith("ray::")]
 
 
-def _peak_bytes(pid: int) -> int:
+def peak_bytes(pid: int) -> int:
+    """The largest resident size of a process so far; 0 where it is gone."""
     lines = _read(Path(f"/proc/{pid}/status")).splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 

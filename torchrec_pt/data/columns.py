@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import polars as pl
@@ -71,20 +71,29 @@ def _feature_column(feature: Feature) -> Column:
     return Column(feature.column, feature.column, kind, "data.features", optional=True)
 
 
-def typed_all(parts: list[Part], columns: list[Column]) -> pl.LazyFrame:
-    return pl.concat(typed_each(parts, columns))
+@dataclass(frozen=True)
+class Typed:
+    """A raw file under our names and types, after a pass that checked it.
+
+    Attributes:
+        integers: the id columns that hold integers alone, which fit Int64 and are written without
+            sign or leading zeros.
+    """
+
+    frame: pl.LazyFrame
+    num_rows: int
+    integers: frozenset[str]
 
 
-def typed_each(parts: list[Part], columns: list[Column]) -> list[pl.LazyFrame]:
-    """Each part under our names, all of one schema, after a pass that checks them."""
-    frames = [_typed(part, columns) for part in parts]
-    empty = [frame.collect_schema().to_frame() for frame in frames]
+def typed_each(parts: list[Part], columns: list[Column]) -> list[Typed]:
+    """Each part, all of one schema."""
+    typed = [_typed(part, columns) for part in parts]
+    empty = [one.frame.collect_schema().to_frame() for one in typed]
     common = pl.concat(empty, how="vertical_relaxed").schema
-    return [frame.cast(common) for frame in frames]
+    return [replace(one, frame=one.frame.cast(common)) for one in typed]
 
 
-def _typed(part: Part, columns: list[Column]) -> pl.LazyFrame:
-    """The wanted columns of a part, under our names and types, after a pass that checks them."""
+def _typed(part: Part, columns: list[Column]) -> Typed:
     with reading(part.path):
         schema = part.frame.collect_schema()
     present = [name for name in schema if name != RECORD]
@@ -97,38 +106,57 @@ def _typed(part: Part, columns: list[Column]) -> pl.LazyFrame:
                 f"it has {shown(', '.join(present), 400)}; {hint}"
             )
     cells = {column.name: _cell(part, column, schema[column.source]) for column in columns}
-    if checked := [column for column in columns if column.kind != "raw"]:
-        _check_cells(part, checked, cells)
-    return part.frame.select(cell.alias(name) for name, cell in cells.items())
-
-
-def _check_cells(part: Part, checked: list[Column], cells: Mapping[str, pl.Expr]) -> None:
-    """Find the first row with a cell that is null after its conversion, and may not be."""
+    frame = part.frame.select(cell.alias(name) for name, cell in cells.items())
     bad = {
-        column.name: cells[column.name].is_null()
+        column: cells[column.name].is_null()
         & (pl.col(column.source).is_not_null() if column.optional else True)
-        for column in checked
+        for column in columns
+        if column.kind != "raw"
     }
+    types = frame.collect_schema()
+    ids = [column.name for column in columns if column.kind == "id"]
     with reading(part.path):
-        first_bad = (
+        # All in one pass: reading takes longer than looking.
+        found = part.frame.select(
+            pl.len().alias("num_rows"),
+            pl.any_horizontal(False, *bad.values()).any().alias("any bad"),
+            *(_are_integers(cells[name], types[name]).alias(f"integers {name}") for name in ids),
+        ).collect(engine="streaming")
+    if found["any bad"].item():
+        raise _bad_cell(part, bad)
+    integers = frozenset(name for name in ids if found[f"integers {name}"].item())
+    return Typed(frame, found["num_rows"].item(), integers)
+
+
+def _are_integers(ids: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    if dtype == pl.Int64:
+        return pl.lit(True)
+    exact = ids.cast(pl.Int64, strict=False).cast(pl.String) == ids
+    return exact.fill_null(False).all()
+
+
+def _bad_cell(part: Part, bad: Mapping[Column, pl.Expr]) -> DataError:
+    """The first row with a cell that is null after its conversion, and may not be."""
+    with reading(part.path):
+        row = (
             part.frame.filter(pl.any_horizontal(bad.values()))
             .head(1)
             .select(
                 RECORD,
-                *(flag.alias(f"bad {name}") for name, flag in bad.items()),
-                *(pl.col(column.source).alias(f"cell {column.name}") for column in checked),
+                *(flag.alias(f"bad {column.name}") for column, flag in bad.items()),
+                *(pl.col(column.source).alias(f"cell {column.name}") for column in bad),
             )
             .collect(engine="streaming")
+            .row(0, named=True)
         )
-    for row in first_bad.iter_rows(named=True):
-        column = next(column for column in checked if row[f"bad {column.name}"])
-        cell = row[f"cell {column.name}"]
-        what = "an id" if column.kind == "id" else "a finite number"
-        given = "is empty" if cell in (None, "") else f'found "{shown(cell)}"'
-        raise DataError(
-            f'{part.path}, {part.place(row[RECORD])}, column "{column.source}": '
-            f"must be {what}, {given}; mend or remove it"
-        )
+    column = next(column for column in bad if row[f"bad {column.name}"])
+    cell = row[f"cell {column.name}"]
+    what = "an id" if column.kind == "id" else "a finite number"
+    given = "is empty" if cell in (None, "") else f'found "{shown(cell)}"'
+    return DataError(
+        f'{part.path}, {part.place(row[RECORD])}, column "{column.source}": '
+        f"must be {what}, {given}; mend or remove it"
+    )
 
 
 def _cell(part: Part, column: Column, dtype: pl.DataType) -> pl.Expr:

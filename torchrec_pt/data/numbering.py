@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 
 from torchrec_pt.data.errors import DataError
-from torchrec_pt.data.splits import TRAIN, is_taken, time_order
+from torchrec_pt.data.splits import TRAIN, is_taken, sort_by_user
 
 
 def entities(rows: pl.DataFrame, of: str) -> pl.DataFrame:
@@ -34,8 +34,9 @@ def merge_entities(tables: Sequence[pl.DataFrame]) -> pl.DataFrame:
         pl.concat(tables)
         .group_by("external_id")
         .agg(
-            pl.col("count", "num_rows").sum(),
+            pl.col("count").sum(),
             pl.col("trains").any(),
+            pl.col("num_rows").sum(),
             pl.col("train_row", "first_row").min(),
         )
     )
@@ -68,11 +69,13 @@ def renumber(rows: pl.DataFrame, dense: Mapping[str, pl.DataFrame]) -> pl.DataFr
     """Rows with dense ids in place of external ones, sorted by user, then time.
 
     Args:
+        rows: those of each user in the order of the files or of time.
         dense: of "user" and "item" what `dense_ids` gives; those of other rows may be there, too.
     """
     for name in ("user", "item"):
-        rows = rows.join(dense[name], on=name).drop(name).rename({"dense": name})
-    rows = rows.sort("user", *time_order(rows)).drop("row")
+        rows = rows.join(dense[name], on=name, maintain_order="left")
+        rows = rows.drop(name).rename({"dense": name})
+    rows = sort_by_user(rows).drop("row")
     order = ["user", "item", "timestamp", "rating", "label", "split"]
     known = [name for name in order if name in rows.columns]
     return rows.select(*known, pl.exclude(known))

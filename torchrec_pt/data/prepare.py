@@ -31,8 +31,8 @@ from torchrec_pt.data.manifest import (
     load_manifest,
 )
 from torchrec_pt.data.numbering import append_unseen, order_items, order_users
+from torchrec_pt.data.partitioned_engine import open_locally
 from torchrec_pt.data.parts import cut, cut_parts, write_row_groups
-from torchrec_pt.data.polars_engine import PolarsInteractions
 from torchrec_pt.data.readers import RawData, read_raw
 from torchrec_pt.data.sources import find_sources
 from torchrec_pt.data.splits import (
@@ -52,7 +52,7 @@ def prepare(
     config: DataConfig,
     out: Path,
     seed: int,
-    open_interactions: OpenInteractions = PolarsInteractions,
+    open_interactions: OpenInteractions = open_locally,
 ) -> Manifest:
     """Write the prepared dataset of a `data` section into the folder `out`.
 
@@ -82,6 +82,7 @@ def prepare(
     Raises:
         DataError: bad raw data, nothing left to train on, `out` is something else, another
             process is preparing it, a full disk, an encoder that is not there.
+        WriteError: no space for what waits on the disk.
     """
     out = Path(out)
     sources = tuple(_describe(path) for path in find_sources(config).files)

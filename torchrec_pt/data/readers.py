@@ -11,10 +11,10 @@ import polars as pl
 
 from torchrec_pt.config import DataConfig
 from torchrec_pt.data.columns import (
+    Typed,
     feature_columns,
     id_column,
     interaction_columns,
-    typed_all,
     typed_each,
 )
 from torchrec_pt.data.errors import DataError, reading, shown
@@ -69,18 +69,17 @@ def read_raw(config: DataConfig) -> RawData:
     sources = find_sources(config)
     parts = [_open(config, path) for path in sources.interactions]
     files = typed_each(parts, interaction_columns(config))
-    heights = [file.select(pl.len()).collect(engine="streaming").item() for file in files]
-    if not sum(heights):
+    num_rows = sum(file.num_rows for file in files)
+    if not num_rows:
         raise DataError(f"{config.path}: must hold interactions, has none; check data.path")
-    users = _entities(config, "user", parts, sources.users)
-    items = _entities(config, "item", parts, sources.items)
-    files, users = _unify_ids(files, "user", users)
-    files, items = _unify_ids(files, "item", items)
-    begins = accumulate(heights, initial=0)
+    users, user_type = _entities(config, "user", parts, sources.users, files)
+    items, item_type = _entities(config, "item", parts, sources.items, files)
+    begins = accumulate((file.num_rows for file in files), initial=0)
     numbered = tuple(
-        file.with_row_index("row", offset=begin) for file, begin in zip(files, begins, strict=False)
+        file.frame.cast({"user": user_type, "item": item_type}).with_row_index("row", offset=begin)
+        for file, begin in zip(files, begins, strict=False)
     )
-    return RawData(numbered, sum(heights), users, items, sources.files)
+    return RawData(numbered, num_rows, users, items, sources.files)
 
 
 def _open(config: DataConfig, path: Path) -> Part:
@@ -109,44 +108,34 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def _entities(
-    config: DataConfig, of: Literal["user", "item"], parts: list[Part], side: Path | None
-) -> pl.LazyFrame | None:
-    """Features and their `external_id`, from the side file, or `row`, from the interactions."""
+    config: DataConfig,
+    of: Literal["user", "item"],
+    parts: list[Part],
+    side: Path | None,
+    files: list[Typed],
+) -> tuple[pl.LazyFrame | None, type[pl.DataType]]:
+    """Features and their `external_id`, from the side file, or `row`, from the interactions; and
+    the type of the ids of all files."""
     features = feature_columns(config, of, reserved=("external_id", "count", "row"))
+    integers = all(of in file.integers for file in files)
     if not features:
-        return None
+        return None, _id_type(integers)
     if side is None:
-        return typed_all(parts, features).with_row_index("row")
+        frames = [file.frame for file in typed_each(parts, features)]
+        return pl.concat(frames).with_row_index("row"), _id_type(integers)
     part = open_recbole(side) if config.format == "recbole" else open_movielens_side(side)
-    frame = typed_all([part], [id_column("external_id", of, config), *features])
+    (typed,) = typed_each([part], [id_column("external_id", of, config), *features])
     with reading(side):
-        twice = frame.filter(pl.col("external_id").is_duplicated()).head(1).collect()
+        twice = typed.frame.filter(pl.col("external_id").is_duplicated()).head(1).collect()
     if twice.height:
         name = shown(twice["external_id"][0])
         raise DataError(
             f'{side}: each {of} must stand on one line, "{name}" stands on several; '
             "remove the others"
         )
-    return frame
+    dtype = _id_type(integers and "external_id" in typed.integers)
+    return typed.frame.cast({"external_id": dtype}), dtype
 
 
-def _unify_ids(
-    files: list[pl.LazyFrame], of: Literal["user", "item"], entities: pl.LazyFrame | None
-) -> tuple[list[pl.LazyFrame], pl.LazyFrame | None]:
-    """Cast the ids of all frames to Int64 where that loses nothing ("007" would), else String."""
-    integers = all(_are_integers(file, of) for file in files)
-    has_ids = entities is not None and "external_id" in entities.collect_schema()
-    if entities is not None and has_ids:
-        integers = integers and _are_integers(entities, "external_id")
-    dtype = pl.Int64 if integers else pl.String
-    if entities is not None and has_ids:
-        entities = entities.with_columns(pl.col("external_id").cast(dtype))
-    return [file.with_columns(pl.col(of).cast(dtype)) for file in files], entities
-
-
-def _are_integers(frame: pl.LazyFrame, name: str) -> bool:
-    if frame.collect_schema()[name] == pl.Int64:
-        return True
-    text = pl.col(name)
-    exact = text.cast(pl.Int64, strict=False).cast(pl.String) == text
-    return bool(frame.select(exact.fill_null(False).all()).collect(engine="streaming").item())
+def _id_type(are_integers: bool) -> type[pl.DataType]:
+    return pl.Int64 if are_integers else pl.String
