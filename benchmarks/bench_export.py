@@ -34,9 +34,10 @@ from conditions import build_parser, conditions, default_out, write_json
 from export_memory import peak_memory
 from export_run import DIM, build_run
 from measuring import elapsed_ms, quantiles
-from peak_memory import MIB, Peak
+from peak_memory import Peak
 from rich.console import Console
 from tables import build_table
+from turn_costs import MIB
 
 from torchrec_pt.checkpoint import rows_per_block
 from torchrec_pt.config import IndexConfig

@@ -21,7 +21,7 @@ from bars import at_most, bar_table, without_bound
 from conditions import ROOT, build_parser, conditions, default_out, write_json
 from ingest_engines import PROGRAMS, Measured, measure
 from ingest_log import write_log
-from measuring import quantiles
+from measuring import quantiles, rotated
 from rich.console import Console
 from tables import build_table
 
@@ -112,8 +112,7 @@ def measure_size(num_rows: int, rounds: int, console: Console) -> list[Row]:
         folder = Path(name)
         log_bytes = write_log(folder / "log", num_rows, NUM_FILES)
         for turn in range(rounds):
-            engines = list(PROGRAMS)
-            for engine in engines[turn % 2 :] + engines[: turn % 2]:
+            for engine in rotated(list(PROGRAMS), turn):
                 run_dir, config = folder / engine, folder / f"{engine}.toml"
                 shutil.rmtree(run_dir, ignore_errors=True)
                 config.write_text(CONFIG.format(run_dir=run_dir, log=folder / "log"))

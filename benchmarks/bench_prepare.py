@@ -31,12 +31,12 @@ from pathlib import Path
 
 from bars import Bar, at_most, bar_table, without_bound
 from conditions import ROOT, build_parser, conditions, default_out, write_json
-from ingest_engines import MIB
 from ingest_log import write_inter, write_parquet
-from measuring import quantiles
+from measuring import quantiles, rotated
 from peers.environments import python_of
 from rich.console import Console
 from tables import build_table
+from turn_costs import MIB
 
 OURS, RECBOLE = "torchrec_pt", "RecBole"
 SIZES, SIZES_QUICK = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000), (10_000, 30_000, 100_000)
@@ -115,7 +115,7 @@ def measure_size(num_rows: int, format: str, engines: tuple[str, ...], rounds: i
             RECBOLE: partial(run_recbole, log, folder / "run"),
         }
         for turn in range(rounds):
-            for engine in engines[turn % len(engines) :] + engines[: turn % len(engines)]:
+            for engine in rotated(engines, turn):
                 measured[engine].append(run[engine]())
     return [
         Row(
@@ -139,10 +139,11 @@ def run_ours(log: Path, format: str, run_dir: Path) -> dict[str, float]:
 
 def run_recbole(log: Path, run_dir: Path) -> dict[str, float]:
     program = ROOT / "benchmarks/peers/recbole_prepare.py"
-    return run_program([str(python_of("recbole")), str(program), str(log)], run_dir)
+    command = [str(python_of("recbole")), str(program), str(log)]
+    return run_program(command, run_dir, PYTHONPATH=str(ROOT / "benchmarks"))
 
 
-def run_program(command: list[str], run_dir: Path) -> dict[str, float]:
+def run_program(command: list[str], run_dir: Path, **environment: str) -> dict[str, float]:
     """What a program prints last, and `disk_mib`; RuntimeError with its last words if it fails.
 
     Args:
@@ -150,7 +151,12 @@ def run_program(command: list[str], run_dir: Path) -> dict[str, float]:
     """
     run_dir.mkdir()
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=run_dir
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=run_dir,
+        env=os.environ | environment,
     )
     most_bytes = 0
     while process.poll() is None:

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from bars import at_most, bar_table, without_bound
 from conditions import ROOT, build_parser, conditions, default_out, write_json
+from measuring import rotated
 from rich.console import Console
 from serve_load import Measured, measure_load
 from tables import build_table
@@ -73,7 +74,7 @@ def main() -> None:
     with served(arguments.run) as url:
         measure_load(f"{url}/recommend", bodies, max(NUM_CLIENTS), WARM_UP_S)
         for turn in range(rounds):
-            for num in NUM_CLIENTS[turn % 3 :] + NUM_CLIENTS[: turn % 3]:
+            for num in rotated(NUM_CLIENTS, turn):
                 found[num].append(measure_load(f"{url}/recommend", bodies, num, seconds))
                 console.print(f"{num} clients: {found[num][-1].per_second:.0f} a second")
     rows = [_row(num, some) for num, some in found.items()]

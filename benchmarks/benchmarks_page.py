@@ -58,16 +58,15 @@ measured.
 
 def write_page(results: Path, page: Path) -> None:
     """A benchmark without a result is left out."""
-    plots = save_size_plots(results)
+    save_size_plots(results)
     parts = [HEAD]
     for heading, programs in SECTIONS.items():
         parts.append(f"## {heading}\n")
         for name, program in programs.items():
             path = results / f"{name}.json"
             if path.exists():
-                plot = plots.get(name, path.with_suffix(".png"))
                 result = json.loads(path.read_text(encoding="utf-8"))
-                parts.append(_part(program, result, _picture(plot, page)))
+                parts.append(_part(program, result, _picture(path.with_suffix(".png"), page)))
     page.write_text("\n".join(parts), encoding="utf-8")
 
 

@@ -12,11 +12,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from turn_costs import MIB
+
 from torchrec_pt.config_file import load_config
 from torchrec_pt.data.prepare import prepare
 
 PROGRAMS = {"local": [__file__], "ray": ["-m", "cluster.ingest"]}
-MIB = 2**20
 _SECONDS_BETWEEN_LOOKS = 0.05
 
 
@@ -44,9 +45,9 @@ def measure(engine: str, config: Path, root: Path) -> Measured:
     )
     driver, task = 0, 0
     while process.poll() is None:
-        driver = max(driver, peak_bytes(process.pid))
+        driver = max(driver, _peak_bytes(process.pid))
         if engine == "ray":
-            task = max([task, *map(peak_bytes, _tasks_of(process.pid))])
+            task = max([task, *map(_peak_bytes, _tasks_of(process.pid))])
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     wall_s = time.monotonic() - start
     output, errors = process.communicate()
@@ -72,8 +73,8 @@ def _tasks_of(driver: int) -> list[int]:
     return [pid for pid in found if _read(Path(f"/proc/{pid}/cmdline")).startswith("ray::")]
 
 
-def peak_bytes(pid: int) -> int:
-    """The largest resident size of a process so far; 0 where it is gone."""
+def _peak_bytes(pid: int) -> int:
+    """0 where the process is gone."""
     lines = _read(Path(f"/proc/{pid}/status")).splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 

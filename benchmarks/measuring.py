@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def elapsed_ms(step: Callable[[], object], device: str) -> float:
@@ -31,11 +34,16 @@ def take_turns(
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
     for index in range(max(rounds.values())):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
+        for name in rotated(names, index):
             if index < rounds[name]:
                 times[name].append(elapsed_ms(steps[name], device))
     return times
+
+
+def rotated(names: Sequence[T], turn: int) -> list[T]:
+    """In the order of a turn, so that each is the first as often as the others."""
+    first = turn % len(names)
+    return [*names[first:], *names[:first]]
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-
-MIB = 2**20
+from turn_costs import MIB, status_bytes
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,3 @@ def _reset_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -9,12 +9,11 @@ imports.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
-from ingest_engines import MIB, peak_bytes
+from turn_costs import MIB, status_bytes
 
 from torchrec_pt.config import DataConfig
 from torchrec_pt.data.prepare import prepare
@@ -24,13 +23,13 @@ def main() -> None:
     log, format, out = sys.argv[1:]
     data = {"path": log, "format": format, "columns": {"timestamp": "timestamp"}, "prepared": out}
     config = DataConfig.model_validate(data)
-    idle = peak_bytes(os.getpid())
+    idle = status_bytes("VmHWM")
     started, cpu_started = time.perf_counter(), time.process_time()
     prepare(config, Path(out), seed=0)
     found = {
         "wall_s": round(time.perf_counter() - started, 3),
         "cpu_s": round(time.process_time() - cpu_started, 3),
-        "peak_mib": round(peak_bytes(os.getpid()) / MIB, 1),
+        "peak_mib": round(status_bytes("VmHWM") / MIB, 1),
         "idle_mib": round(idle / MIB, 1),
     }
     print(json.dumps(found))

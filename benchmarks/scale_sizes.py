@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from contestants import Contestant, take_turns_asked
 from measuring import quantiles, take_turns
-from peak_memory import MIB, status_bytes
 from scale_training import LOADS, BareTable, Load, Training, small
+from turn_costs import MIB, status_bytes
 
 from torchrec_pt.distributed import joined_ranks
 

@@ -29,17 +29,15 @@ class Panel:
             self.lines.setdefault(name, []).append((x, y))
 
 
-def save_size_plots(results: Path) -> dict[str, Path]:
-    """Beside each result that is there; its name -> its plot."""
-    saved = {}
+def save_size_plots(results: Path) -> None:
+    """Beside each result that is there, under its name."""
     for name, panels_of in PANELS.items():
         path = results / f"{name}.json"
         if path.exists():
-            saved[name] = _save(path.with_suffix(".png"), panels_of(json.loads(path.read_text())))
-    return saved
+            _save(path.with_suffix(".png"), panels_of(json.loads(path.read_text())))
 
 
-def _save(path: Path, panels: Iterable[Panel]) -> Path:
+def _save(path: Path, panels: Iterable[Panel]) -> None:
     shown = [panel for panel in panels if panel.lines]
     figure, axes = plt.subplots(
         1, len(shown), figsize=(6 * len(shown), 4), layout="constrained", squeeze=False
@@ -55,7 +53,6 @@ def _save(path: Path, panels: Iterable[Panel]) -> Path:
     # Without the version of matplotlib, so that the same figures are the same file.
     figure.savefig(path, dpi=90, metadata={"Software": None})
     plt.close(figure)
-    return path
 
 
 def _preparations(result: dict[str, Any]) -> list[Panel]:

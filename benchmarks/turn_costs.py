@@ -1,4 +1,4 @@
-"""What a contestant's turn costs: time and memory; of the standard library alone, for peers too."""
+"""What a turn costs: time and memory; of the standard library alone, for peers too."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ MIB = 2**20
 def costs_of(turn: Callable[[], object]) -> dict[str, Any]:
     """CPU and wall seconds; the largest resident size meanwhile, and by how much it grew."""
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
-    before, cpu, wall = _status_mib("VmRSS"), time.process_time(), time.monotonic()
+    before, cpu, wall = status_bytes("VmRSS"), time.process_time(), time.monotonic()
     turn()
     cpu_s, wall_s = time.process_time() - cpu, time.monotonic() - wall
-    peak = _status_mib("VmHWM")
-    return {"cpu_s": cpu_s, "wall_s": wall_s, "peak_mib": peak, "extra_mib": peak - before}
+    peak = status_bytes("VmHWM")
+    return {
+        "cpu_s": cpu_s,
+        "wall_s": wall_s,
+        "peak_mib": peak / MIB,
+        "extra_mib": (peak - before) / MIB,
+    }
 
 
-def _status_mib(field: str) -> float:
+def status_bytes(field: str) -> int:
+    """Of this process: VmRSS, its resident size, or VmHWM, the largest so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 / MIB for line in lines if line.startswith(field))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from contestants import Contestant
-from measuring import quantiles
+from measuring import quantiles, rotated
 from rich.table import Table
 from tables import build_table
 
@@ -33,8 +33,7 @@ def take_turns(entrants: Mapping[str, Entrant], rounds: int) -> list[Row]:
     names = list(entrants)
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for index in range(-1, rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
+        for name in rotated(names, index):
             contestant, word = entrants[name]
             found = contestant.ask(word)
             if index >= 0:

@@ -15,7 +15,7 @@ import json
 
 import numpy as np
 from implicit.als import AlternatingLeastSquares
-from ml100k import K, metrics, read
+from leave_one_out import K, metrics, read
 from scipy.sparse import csr_matrix
 
 

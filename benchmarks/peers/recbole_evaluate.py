@@ -19,6 +19,7 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.data.utils import get_dataloader
 from recbole.utils import get_model, get_trainer, init_seed
+from recbole_prepare import LEAVE_ONE_OUT
 from turn_costs import costs_of
 
 
@@ -32,12 +33,7 @@ def main() -> None:
             "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
             "MAX_ITEM_LIST_LENGTH": 50,
             "train_neg_sample_args": None,
-            "eval_args": {
-                "split": {"LS": "valid_and_test"},
-                "order": "TO",
-                "group_by": "user",
-                "mode": "full",
-            },
+            "eval_args": LEAVE_ONE_OUT,
             "metrics": ["Hit", "NDCG", "MRR"],
             "topk": [5, 10],
             "checkpoint_dir": checkpoints,

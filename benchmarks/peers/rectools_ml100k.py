@@ -18,7 +18,7 @@ import time
 
 import pandas as pd
 import pytorch_lightning as lightning
-from ml100k import K, metrics, read
+from leave_one_out import K, metrics, read
 from rectools import Columns
 from rectools.dataset import Dataset
 from rectools.models import BERT4RecModel, SASRecModel

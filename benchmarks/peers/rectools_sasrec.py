@@ -22,31 +22,12 @@ import numpy as np
 import pandas as pd
 import pytorch_lightning as lightning
 import torch
+from leave_one_out import K, metrics, read
 from rectools import Columns
 from rectools.dataset import Dataset
 from rectools.models import SASRecModel
 from rectools.models.nn.item_net import IdEmbeddingsItemNet
-
-K = 10
-
-
-def read(path: str) -> pd.DataFrame:
-    """In RecTools' columns, in time order, with `from_end`: 0 a user's last, 1 the one before."""
-    rows = pd.read_csv(path, sep="\t")
-    rows.columns = [name.split(":")[0] for name in rows.columns]
-    if "timestamp" in rows:
-        rows = rows.sort_values("timestamp", kind="stable", ignore_index=True)
-    from_end = rows.groupby("user_id").cumcount(ascending=False)
-    return pd.DataFrame(
-        {
-            Columns.User: rows["user_id"],
-            Columns.Item: rows["item_id"],
-            Columns.Weight: 1.0,
-            # Seconds tie: the order is the time.
-            Columns.Datetime: pd.Timestamp("2000-01-01") + pd.to_timedelta(rows.index, "s"),
-            "from_end": from_end,
-        }
-    )
+from rectools_ml100k import with_time
 
 
 class Watch(lightning.Callback):
@@ -93,7 +74,7 @@ class Watch(lightning.Callback):
         wanted = items.reindex(self.target.loc[dataset.user_id_map.external_ids])
         target = wanted.fillna(-1).to_numpy(dtype=np.int64)
         item_vectors = model.item_model.get_all_embeddings()
-        total, begin = 0.0, 0
+        hits, begin = [], 0
         for batch in preparator.get_dataloader_recommend(dataset, 512):
             scores = (model.encode_sessions(batch, item_vectors)[:, -1] @ item_vectors.T).numpy()
             block = slice(begin, begin + len(scores))
@@ -102,9 +83,9 @@ class Watch(lightning.Callback):
             own = scores[np.arange(len(scores)), target[block]]
             rank = 1 + (scores > own[:, None]).sum(1)
             is_hit = (target[block] >= 0) & (rank <= K)
-            total += float((1 / np.log2(rank[is_hit] + 1)).sum())
+            hits.append(rank[is_hit])
             begin += len(scores)
-        return total / len(target)
+        return metrics(np.concatenate(hits), len(target))["ndcg@10"]
 
 
 def main() -> None:
@@ -119,8 +100,8 @@ def main() -> None:
     parser.add_argument("--validate", action="store_true")
     arguments = parser.parse_args()
     rows = read(arguments.inter)
-    valid = rows[rows["from_end"] == 1].set_index(Columns.User)[Columns.Item]
-    rows = rows[rows["from_end"] >= 2].drop(columns="from_end")
+    valid = rows[rows["from_end"] == 1].set_index("user_id")["item_id"]
+    rows = with_time(rows[rows["from_end"] >= 2])
     train, lengths = Dataset.construct(rows), rows.groupby(Columns.User).size()
     num_sequences = int((lengths >= 2).sum())
     if arguments.steps:

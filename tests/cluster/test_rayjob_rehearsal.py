@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.packing import ROOT
 from tests.cluster import faults
 from tests.cluster.networks import ADDRESSES, HERE, THERE, two_networks
 
-ROOT = Path(__file__).parents[2]
 START_S = 120
 
 

@@ -1,4 +1,4 @@
-"""MovieLens-100K split as torchrec_pt's leave_one_out does, for the peers."""
+"""An atomic file split as torchrec_pt's leave_one_out does, for the peers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ K = 10
 
 
 def read(path: str) -> pd.DataFrame:
-    """ml-100k.inter in time order, ties as in the file: user_id, item_id, from_end.
+    """In time order: user_id, item_id, from_end. Ties, and a log without times, keep its order.
 
     `from_end`: 0 is a user's last interaction (test), 1 the one before it (validation).
     """
     rows = pd.read_csv(path, sep="\t")
     rows.columns = [name.split(":")[0] for name in rows.columns]
-    rows = rows.sort_values("timestamp", kind="stable", ignore_index=True)
+    if "timestamp" in rows:
+        rows = rows.sort_values("timestamp", kind="stable", ignore_index=True)
     rows["from_end"] = rows.groupby("user_id").cumcount(ascending=False)
     return rows[["user_id", "item_id", "from_end"]]
 
