@@ -157,6 +157,31 @@ def test_users_match_the_last_position_of_a_history_of_their_own(attention: str)
 
 
 @ATTENTION
+@POSITIONS
+def test_users_are_the_last_positions_with_the_same_dropout(attention: str, positions: str) -> None:
+    model = _model(attention, dropout=0.3, positions=positions)
+    times = torch.rand(sum(LENGTHS), generator=torch.Generator().manual_seed(2)).double() * 100
+    history = Jagged.from_lengths(_history().values, torch.tensor(LENGTHS), times)
+    noise = RowNoise(0, 5, torch.arange(5))
+    got = _users(model, history, noise)
+    is_masked = None
+    if not model.is_causal:
+        # The mask appended by hand: an item of its own, at a time that is not known.
+        ends = [_row(history, r) for r in range(5)]
+        tokens = [torch.cat([end, torch.zeros(1, DIM)]) for end in ends]
+        seen = [_row(Jagged(times, history.offsets), r) for r in range(5)]
+        times = torch.cat([torch.cat([each, torch.tensor([torch.nan])]) for each in seen])
+        history = Jagged.from_lengths(torch.cat(tokens), torch.tensor(LENGTHS) + 1, times)
+        is_masked = torch.zeros(len(history.values), dtype=torch.bool)
+        is_masked[history.offsets[1:] - 1] = True
+    every = model.encode_positions(history, noise, is_masked=is_masked)
+    for row in torch.arange(5)[history.lengths > 0]:
+        last = every[history.offsets[row + 1] - 1]
+        # The same sums in another order.
+        torch.testing.assert_close(got[row], last, rtol=1e-5, atol=1e-5)
+
+
+@ATTENTION
 def test_a_user_does_not_depend_on_who_shares_the_batch(attention: str) -> None:
     model, history = _model(attention), _history()
     together = _users(model, history)

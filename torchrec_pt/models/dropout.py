@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,6 +33,12 @@ class RowDropout:
             return x
         self.site += 1
         return rng.dropout(x, self.p, self.bits, self.site)
+
+    def of(self, pick: Callable[[Tensor], Tensor]) -> RowDropout:
+        """That of the activations that `pick` takes of (T,), from the present site on."""
+        picked = copy.copy(self)
+        picked.bits = None if self.bits is None else pick(self.bits)
+        return picked
 
 
 class ItemDropout(RowDropout):

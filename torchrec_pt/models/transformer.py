@@ -7,8 +7,8 @@ pads a batch to its own longest history, so padding costs no other arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 
 import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
 import torch
@@ -99,10 +99,19 @@ class Transformer(Backbone):
         Raises:
             ValueError: a row longer than max_length.
         """
+        x, attention, drop = self._begin(tokens, noise, is_masked)
+        for block in self.blocks:
+            x = block(x, attention, drop)
+        return self.scaled(self.norm(x))
+
+    def _begin(
+        self, tokens: Jagged, noise: RowNoise | None, is_masked: Tensor | None
+    ) -> tuple[Tensor, Attention, RowDropout]:
+        """(T, D), what enters the lowest block; attention and dropout of all blocks."""
         attention = Attention(tokens.offsets, self.is_causal)
         if attention.longest > self.max_length:
             raise ValueError(
-                f"encode_positions: rows may have {self.max_length} items, "
+                f"Transformer: rows may have {self.max_length} items, "
                 f"given one of {attention.longest}; cut it with Jagged.tail"
             )
         row, slot = tokens.rows, self._slot(tokens)
@@ -116,12 +125,9 @@ class Transformer(Backbone):
             attention.turn = partial(self.rotary, slot=slot)
         if self.relative is not None:
             times = _visible_times(tokens, is_masked)
-            attention.add(self.relative(tokens, times, attention.longest))
+            attention.bias = self.relative(tokens, times, attention.longest)
         drop = RowDropout(self.dropout, self.heard(noise), "dropout", row, slot)
-        x = drop(x)
-        for block in self.blocks:
-            x = block(x, attention, drop)
-        return self.scaled(self.norm(x))
+        return drop(x), attention, drop
 
     def encode_users(
         self,
@@ -134,16 +140,19 @@ class Transformer(Backbone):
         """(R, D), read off the last position; who the users are makes no difference.
 
         A bidirectional model reads it off a [MASK] after the history, which may be empty.
-        A causal model gives zeros for an empty history.
+        A causal model gives zeros for an empty history. Nobody reads the other positions of the
+        highest block, which therefore computes the last alone.
         """
         if not self.is_causal:
             history, is_masked = self._append_mask(history, is_masked)
-        encoded = self.encode_positions(history, noise, is_masked=is_masked)
-        has_last = history.lengths > 0
-        last = (history.offsets[1:] - 1).clamp(min=0)
-        # One row more, so that the graph is the same on a rank without a token.
-        encoded = torch.cat([encoded, encoded.new_zeros(1, self.dim)])
-        return torch.where(has_last.unsqueeze(1), encoded[last], 0.0)
+        x, attention, drop = self._begin(history, noise, is_masked)
+        *lower, highest = self.blocks
+        for block in lower:
+            x = block(x, attention, drop)
+        last = attention.last
+        x = highest(x, attention.of_last, drop.of(last), asked=last(x))
+        has_last = (history.lengths > 0).unsqueeze(1)
+        return torch.where(has_last, self.scaled(self.norm(x)), 0.0)
 
     def _slot(self, tokens: Jagged) -> Tensor:
         """(T,) row of `position` of each token: the newest takes the last."""
@@ -193,7 +202,10 @@ Drop = Callable[[Tensor], Tensor]
 
 
 class Block(nn.Module):
-    """x + Attention(LN(x)), then x + FFN(LN(x)), on tokens (…, D), packed ones in training."""
+    """x + Attention(LN(x)), then x + FFN(LN(x)), on tokens (…, D), packed ones in training.
+
+    Where `attention` answers some of the tokens' queries alone, those tokens are `asked`.
+    """
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int) -> None:
         super().__init__()
@@ -205,11 +217,16 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(dim, ffn_dim)
         self.ffn_out = nn.Linear(ffn_dim, dim)
 
-    def forward(self, x: Tensor, attention: Attend, drop: Drop) -> Tensor:
-        return self.feed_forward(self.attend(x, attention, drop), drop)
+    def forward(
+        self, x: Tensor, attention: Attend, drop: Drop, asked: Tensor | None = None
+    ) -> Tensor:
+        return self.feed_forward(self.attend(x, attention, drop, asked), drop)
 
-    def attend(self, x: Tensor, attention: Attend, drop: Drop) -> Tensor:
-        return x + drop(self.out(attention(self.qkv(self.attention_norm(x)), self.num_heads)))
+    def attend(
+        self, x: Tensor, attention: Attend, drop: Drop, asked: Tensor | None = None
+    ) -> Tensor:
+        answers = self.out(attention(self.qkv(self.attention_norm(x)), self.num_heads))
+        return (x if asked is None else asked) + drop(answers)
 
     def feed_forward(self, x: Tensor, drop: Drop) -> Tensor:
         return x + drop(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x)))))
@@ -221,6 +238,7 @@ class Attention:
     Attributes:
         longest: of the rows.
         turn: what turns the heads of queries and keys (T, 2 H, d) by their positions, or None.
+        bias: (R, H, L, L), L = longest, is added to the logits; or None.
     """
 
     def __init__(self, offsets: Tensor, is_causal: bool) -> None:
@@ -230,36 +248,68 @@ class Attention:
         self.longest = int(lengths.max()) if len(lengths) else 0
         self.turn: Callable[[Tensor], Tensor] | None = None
         self.bias: Tensor | None = None
-        self.mask: Tensor | None = None
-        if not is_causal:
-            # Rows are padded at their end. A causal query never looks there; others must not.
-            columns = torch.arange(self.longest, device=offsets.device)
-            is_key = columns < lengths.clamp(min=1).unsqueeze(1)
-            self.mask = is_key[:, None, None, :]
-
-    def add(self, bias: Tensor) -> None:
-        """Add (R, H, L, L), L = longest, to the logits."""
-        is_seen = self.mask
-        if is_seen is None:
-            is_seen = bias.new_ones(self.longest, self.longest, dtype=torch.bool).tril()
-        self.bias = bias
-        self.mask, self.is_causal = bias.masked_fill(~is_seen, -torch.inf), False
+        columns = torch.arange(self.longest, device=offsets.device)
+        # Rows are padded at their end. A causal query never looks there; others must not.
+        self.is_key = (columns < lengths.clamp(min=1).unsqueeze(1))[:, None, None, :]
 
     def __call__(self, qkv: Tensor, num_heads: int) -> Tensor:
         """(T, 3 D) -> (T, D)"""
         dim = qkv.shape[1] // 3
         if not self.longest:
-            nothing = qkv[:, :dim]
-            # DDP wants the same graph from a rank without a token.
-            return nothing if self.bias is None else nothing + self.bias.sum()
-        if self.turn is not None:
-            turned = self.turn(qkv[:, : 2 * dim].unflatten(1, (2 * num_heads, -1)))
-            qkv = torch.cat([turned.flatten(1), qkv[:, 2 * dim :]], dim=1)
-        padded = torch.ops.fbgemm.jagged_to_padded_dense(qkv, [self.offsets], [self.longest], 0.0)
-        heads = padded.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = heads.unbind()  # whose gradients are stacked, not added to zeros
+            return self._of_nothing(qkv[:, :dim])
+        query, key, value = self._heads(self._turned(qkv, num_heads), 3, num_heads)
         out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=self.mask, is_causal=self.is_causal
+            query, key, value, attn_mask=self._mask, is_causal=self._mask is None
         )
         packed = out.transpose(1, 2).flatten(2)
         return torch.ops.fbgemm.dense_to_jagged(packed, [self.offsets], qkv.shape[0])[0]
+
+    def last(self, tokens: Tensor) -> Tensor:
+        """(R, …) of tokens (T, …): the last of each row; anything for a row without one."""
+        # One more, so that the graph is the same on a rank without a token.
+        tokens = torch.cat([tokens, tokens.new_zeros(1, *tokens.shape[1:])])
+        return tokens[(self.offsets[1:] - 1).clamp(min=0)]
+
+    def of_last(self, qkv: Tensor, num_heads: int) -> Tensor:
+        """(T, 3 D) -> (R, D), to the query of each row's last token alone."""
+        dim = qkv.shape[1] // 3
+        if not self.longest:
+            return self._of_nothing(self.last(qkv[:, :dim]))
+        qkv = self._turned(qkv, num_heads)
+        query = self.last(qkv[:, :dim]).unflatten(1, (num_heads, 1, -1))
+        key, value = self._heads(qkv[:, dim:], 2, num_heads)
+        mask = self.is_key
+        if self.bias is not None:
+            place = (self.offsets.diff() - 1).clamp(min=0)
+            row = torch.arange(len(place), device=place.device)
+            mask = self.bias[row, :, place].unsqueeze(2).masked_fill(~mask, -torch.inf)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).flatten(1)
+
+    def _turned(self, qkv: Tensor, num_heads: int) -> Tensor:
+        if self.turn is None:
+            return qkv
+        query_key, value = qkv.tensor_split([2 * (qkv.shape[1] // 3)], dim=1)
+        turned = self.turn(query_key.unflatten(1, (2 * num_heads, -1)))
+        return torch.cat([turned.flatten(1), value], dim=1)
+
+    def _heads(self, tokens: Tensor, num: int, num_heads: int) -> Sequence[Tensor]:
+        """(T, num · D) -> `num` times (R, num_heads, L, d)"""
+        padded = torch.ops.fbgemm.jagged_to_padded_dense(
+            tokens, [self.offsets], [self.longest], 0.0
+        )
+        heads = padded.unflatten(2, (num, num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return heads.unbind()  # whose gradients are stacked, not added to zeros
+
+    @cached_property
+    def _mask(self) -> Tensor | None:
+        """What is added to the logits, or which of them count; None: what comes before."""
+        if self.bias is None:
+            return None if self.is_causal else self.is_key
+        is_seen = self.is_key
+        if self.is_causal:
+            is_seen = is_seen.new_ones(self.longest, self.longest).tril()
+        return self.bias.masked_fill(~is_seen, -torch.inf)
+
+    def _of_nothing(self, query: Tensor) -> Tensor:
+        """DDP wants the same graph from a rank without a token."""
+        return query if self.bias is None else query + self.bias.sum()

@@ -76,10 +76,11 @@ class TransformerUsers(nn.Module):
         if self.position is not None:
             x = x + self.position[slot]
         attention = _Attention(self, history, slot)
-        for block in self.blocks:
+        *lower, highest = self.blocks
+        for block in lower:
             x = block(x, attention, _keep)
-        is_last = history.is_read & (history.age == 0)
-        last = self._scaled(self.norm(torch.where(is_last.unsqueeze(2), x, 0.0).sum(1)))
+        x = highest(x, attention.of_last, _keep, asked=attention.last(x))
+        last = self._scaled(self.norm(x))
         return last if self.mask is not None else torch.where(has_any, last, 0.0)
 
     def _with_mask(self, history: Padded, mask: Tensor) -> Padded:
@@ -103,6 +104,7 @@ class _Attention:
     def __init__(self, users: TransformerUsers, history: Padded, slot: Tensor) -> None:
         self.rotary, self.slot = users.rotary, slot
         age = history.age
+        self.is_last = history.is_read & (age == 0)
         is_key = history.is_read.unsqueeze(1)
         if users.is_causal:
             is_key = is_key & (age.unsqueeze(1) >= age.unsqueeze(2))
@@ -121,14 +123,31 @@ class _Attention:
 
     def __call__(self, qkv: Tensor, num_heads: int) -> Tensor:
         """(R, L, 3 D) -> (R, L, D)"""
-        heads = qkv.unflatten(2, (3, num_heads, -1))
-        query, key, value = heads.unbind(2)
+        query, key, value = self._heads(qkv, num_heads)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
+        return out.transpose(1, 2).flatten(2)
+
+    def last(self, tokens: Tensor) -> Tensor:
+        """(R, D) of tokens (R, L, D): the newest of each row, zeros where none is read."""
+        return torch.where(self.is_last.unsqueeze(2), tokens, 0.0).sum(1)
+
+    def of_last(self, qkv: Tensor, num_heads: int) -> Tensor:
+        """(R, L, 3 D) -> (R, D), to the query of each row's newest alone."""
+        query, key, value = self._heads(qkv, num_heads)
+        is_last = self.is_last[:, None, :, None]
+        query = torch.where(is_last, query, 0.0).sum(2, keepdim=True)
+        if self.mask.dtype == torch.bool:
+            mask = (self.mask & is_last).any(2, keepdim=True) | ~is_last.any(2, keepdim=True)
+        else:
+            mask = torch.where(is_last, self.mask, 0.0).sum(2, keepdim=True)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).flatten(1)
+
+    def _heads(self, qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(R, L, 3 D) -> three times (R, H, L, d)"""
+        query, key, value = qkv.unflatten(2, (3, num_heads, -1)).unbind(2)
         if self.rotary is not None:
             query, key = (self._turned(self.rotary, each) for each in (query, key))
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=self.mask
-        )
-        return out.transpose(1, 2).flatten(2)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def _turned(self, rotary: nn.Module, heads: Tensor) -> Tensor:
         return rotary(heads.flatten(0, 1), self.slot.flatten()).view(heads.shape)
