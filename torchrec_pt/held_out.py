@@ -128,7 +128,10 @@ def rank_and_list(
     places = asked.targets.with_values(torch.arange(len(asked.targets.values)))
     counted = [asked.targets.values.new_zeros(0, 2)]
     lists = [Jagged.from_lengths(none[:0], none[:0])]
-    for rows in row_blocks(parts, batch_size, ranks):
+    # Histories of like length share a block, since a block is padded to its longest.
+    order = asked.seen.lengths.argsort(stable=True)
+    order = order[parts[order].argsort(stable=True)]
+    for rows in (order[block] for block in row_blocks(parts, batch_size, ranks)):
         blocks = zip(
             gather_blocks(scorer.queries(asked.users[rows]).to(ranks.device)),
             gather_blocks(asked.seen.select(rows).to(ranks.device)),
@@ -140,9 +143,12 @@ def rank_and_list(
         own_counted, best = found[ranks.rank]
         counted.append(own_counted.cpu())
         lists.append(best.lists().to(torch.device("cpu")))
-    over_all, among = torch.cat(counted).unbind(1)
+    as_asked = order.argsort()
+    counts = Jagged.from_lengths(torch.cat(counted), asked.targets.lengths[order]).select(as_asked)
+    over_all, among = counts.values.unbind(1)
     with_values = asked.targets.with_values
-    return Ranked(with_values(over_all), with_values(among), Jagged.stack(lists))
+    lists_as_asked = Jagged.stack(lists).select(as_asked)
+    return Ranked(with_values(over_all), with_values(among), lists_as_asked)
 
 
 def _rank_block(

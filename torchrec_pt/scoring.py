@@ -23,8 +23,10 @@ from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.ranking_head import InnerHead
 from torchrec_pt.tasks.ranking import RankingTask
 
-ITEM_BLOCK = 512
+ITEM_BLOCK = 1024
 BLOCKS_PER_LOOKUP = 128
+ITEMS_OF_A_GROUP = 8  # of a block, in a search for the best
+FEWEST_ROWS = 16  # of histories encoded together: MKL rounds products of fewer in another way
 SCORES_AT_A_TIME = 2**18  # of a search: they stay in the cache from one step to the next
 
 Query = TypeVar("Query", Tensor, Jagged)
@@ -166,10 +168,17 @@ def encode_item_range(backbone: Backbone, begin: int, end: int) -> Tensor:
 
 @torch.no_grad()
 def encode_histories(backbone: Backbone, users: Tensor, history: Jagged) -> Tensor:
-    """(R, D) vectors of users (R,) from R rows of item ids, of which the newest are read."""
-    history = history.tail(backbone.history_length)
+    """(R, D) vectors of users (R,) from R rows of item ids, of which the newest are read.
+
+    A user's has the same bits whoever is asked together.
+    """
+    num_rows, num_more = history.num_rows, max(0, FEWEST_ROWS - history.num_rows)
+    ones = history.offsets.new_ones(num_more)  # histories of item 0 alone
+    more = Jagged.from_lengths(torch.zeros_like(ones), ones)
+    history = Jagged.stack([history.tail(backbone.history_length), more])
     vectors = look_up(backbone, history.values)
-    return backbone.encode_users(users, history.with_values(vectors))
+    users = F.pad(users, (0, num_more), value=-1)
+    return backbone.encode_users(users, history.with_values(vectors))[:num_rows]
 
 
 def look_up(backbone: Backbone, ids: Tensor) -> Tensor:
@@ -248,31 +257,33 @@ class BestItems:
     def __init__(self, num_rows: int, k: int, device: torch.device) -> None:
         nothing = torch.full((num_rows, k), -torch.inf, device=device)
         self._best = _place(nothing) << 32  # behind any item
-        self._has_any = False
 
     def add(self, scores: Tensor, items: range) -> None:
         """Scores (B, len(items)) float32; −inf for what is no candidate."""
+        k = self._best.shape[1]
         if not self._best.numel():
             return
-        if not self._has_any:
-            self._has_any = True
-            columns = torch.arange(len(items), device=scores.device)
-            self._best = self._largest([self._best, _packed(scores, items.start + columns)])
-            return
-        # Soon few rows find items as good as their k-th, and only a few of these.
+        # Few groups of items have one as good as the k-th best; the others are not looked into.
+        num_groups = -(-scores.shape[1] // ITEMS_OF_A_GROUP)
+        padding = num_groups * ITEMS_OF_A_GROUP - scores.shape[1]
+        grouped = F.pad(scores, (0, padding), value=-torch.inf) if padding else scores
+        grouped = grouped.view(len(scores), ITEMS_OF_A_GROUP, num_groups)
+        top = grouped.amax(1)
         least = self.scores[:, -1]
-        rows = torch.nonzero(scores.amax(1) >= least).squeeze(1)
-        if not len(rows):
+        if num_groups >= k and bool((least == -torch.inf).any()):
+            least = torch.maximum(least, top.topk(k).values[:, -1])  # k groups have such items
+        row, group = torch.nonzero(top >= least.unsqueeze(1)).unbind(1)
+        hit, slot = torch.nonzero(grouped[row, :, group] >= least[row].unsqueeze(1)).unbind(1)
+        row, column = row[hit], slot * num_groups + group[hit]
+        if padding:
+            is_item = column < scores.shape[1]
+            row, column = row[is_item], column[is_item]
+        if not len(row):
             return
-        scores = scores[rows]
-        row, column = torch.nonzero(scores >= least[rows].unsqueeze(1)).unbind(1)
-        found = Jagged.from_lengths(
-            _packed(scores[row, column], items.start + column),
-            torch.bincount(row, minlength=len(rows)),
-        )
-        most = int(found.lengths.max())
-        padded = self._best.new_full((len(rows), most), torch.iinfo(torch.int64).min)
-        padded[row, found.positions] = found.values
+        rows, num = row.unique_consecutive(return_counts=True)
+        found = Jagged.from_lengths(_packed(scores[row, column], items.start + column), num)
+        padded = self._best.new_full((len(rows), int(num.max())), torch.iinfo(torch.int64).min)
+        padded[found.rows, found.positions] = found.values
         self._best[rows] = self._largest([self._best[rows], padded])
 
     def merge_ranks(self) -> None:
