@@ -25,6 +25,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "prepare_large": "bench_prepare",
         "sasrec": "bench_sasrec",
         "ctr": "bench_ctr",
+        "multidae": "bench_multidae",
         "evaluate": "bench_evaluate",
     },
     "What comes out": {

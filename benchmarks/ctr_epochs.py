@@ -1,8 +1,8 @@
 """Ours in bench_ctr.py: epochs of the ctr task on MovieLens-100K, a model a word.
 
-The training stage's own pieces, without validations and checkpoints. As a program it prepares the
-data in the folder of its argument, says how large the models are, and takes turns of
-EPOCHS_A_TURN epochs; of a user's labels a third is asked in an epoch, so that this is once each.
+As a program it prepares the data in the folder of its argument, says how large the models are, and
+takes turns of EPOCHS_A_TURN epochs; of a user's labels a third is asked in an epoch, so that this
+is once each.
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ from typing import Any
 import torch
 from conditions import ROOT
 from contestants import take_turns_asked
-from turn_costs import costs_of
+from epochs import Epochs
 
 from torchrec_pt import pipeline
-from torchrec_pt.build import build_learner, build_task
+from torchrec_pt.build import build_task
 from torchrec_pt.config import RunConfig
 from torchrec_pt.config_file import load_config
 from torchrec_pt.data.dataset import PreparedDataset
-from torchrec_pt.data.loader import HistoryLoader
 from torchrec_pt.distributed import Ranks, joined_ranks
-from torchrec_pt.optim import Optimizers
-from torchrec_pt.train import Trainer
-from torchrec_pt.transfer import Numbering
 
 EPOCHS_A_TURN = 3
 DCN_V2 = "DCN-v2, float32"
@@ -43,46 +39,15 @@ class Training:
         train = config.finetune.ctr
         assert train is not None
         dataset = PreparedDataset.load(config.prepared_dir)
-        self.task = build_task(config, "ctr", dataset)
-        built = build_learner(config, train, [self.task], dataset, ranks)
-        self.loader = HistoryLoader(
-            dataset,
-            batch_size=train.batch_size,
-            max_length=config.model.max_length,
-            seed=config.seed,
-            ranks=ranks,
-            with_impressions=True,
+        task = build_task(config, "ctr", dataset)
+        self.epochs = Epochs(
+            config, train, [task], dataset, ranks, name="ctr", with_impressions=True
         )
-        num_steps = train.epochs * self.loader.steps_per_epoch
-        self.trainer = Trainer(
-            built.model,
-            built.learner,
-            Optimizers(built.model, train, built.placement, num_steps),
-            self.loader,
-            train,
-            name="ctr",
-            monitor="logloss",
-            folder=config.run_dir / "finetune/ctr",
-            fingerprint="",
-            numbering=Numbering.of(dataset),
-            ranks=ranks,
-            console=None,
-        )
-        built.model.train()
-        self.num_parameters = sum(p.numel() for p in built.model.parameters())
-        drawn = (self.task.draw(rows) for rows in self.loader.steps(epoch=0))
+        drawn = (task.draw(rows) for rows in self.epochs.loader.steps(epoch=0))
         self.num_pairs = sum(len(draw.tensors["label"]) for draw in drawn)  # of every epoch
-        self._epoch = 0
 
     def turn(self) -> dict[str, Any]:
-        return {"num": EPOCHS_A_TURN * self.num_pairs, **costs_of(self._train)}
-
-    def _train(self) -> None:
-        for _ in range(EPOCHS_A_TURN):
-            for rows in self.loader.steps(self._epoch):
-                self.trainer.step(rows)
-                self.trainer.position.step += 1
-            self._epoch += 1
+        return self.epochs.turn(EPOCHS_A_TURN, self.num_pairs)
 
 
 def main() -> None:
@@ -98,9 +63,9 @@ def main() -> None:
             trainings[name] = Training(config, ranks)
         sizes = {
             name: {
-                "parameters": training.num_parameters,
+                "parameters": training.epochs.num_parameters,
                 "pairs_an_epoch": training.num_pairs,
-                "batches_an_epoch": training.loader.steps_per_epoch,
+                "batches_an_epoch": training.epochs.loader.steps_per_epoch,
             }
             for name, training in trainings.items()
         }

@@ -105,8 +105,7 @@ def rows_of(lengths: list[int], step: int = 0) -> Rows:
 
 def embedded(draw: Draw, table: Tensor, **changed: Tensor) -> Embedded:
     """A draw as the learner looks it up in a table (N, D); some tensors replaced."""
-    vectors = {name: ids.with_values(table[ids.values]) for name, ids in draw.lookups.items()}
-    return Embedded(draw.lookups, vectors, {**draw.tensors, **changed})
+    return Embedded(draw.lookups, table, draw.lookups, {**draw.tensors, **changed})
 
 
 @pytest.fixture(scope="session")

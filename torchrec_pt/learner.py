@@ -119,11 +119,11 @@ class Learner(nn.Module):
         noise = RowNoise(batch.seed, batch.step, ids)
         if self.backbone.items.is_frozen:
             looked_up = looked_up.detach()
-        vectors, catalogue_rows = batch.spread(self.backbone.represent(ids, looked_up, noise))
+        rows, catalogue_rows = batch.split(self.backbone.represent(ids, looked_up, noise))
         catalogue = self._catalogue(catalogue_rows, batch) if self._needs_catalogue else None
         terms: list[LossTerm] = []
         for objective in self._objectives():
-            drawn = batch.split(vectors, objective.name)
+            drawn = batch.embedded(rows, objective.name)
             terms.append(objective.loss(self.backbone, drawn, batch.keys, catalogue))
         totals = torch.stack([term.total for term in terms])
         weights = torch.stack([term.weight for term in terms])

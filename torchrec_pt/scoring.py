@@ -183,19 +183,26 @@ def encode_histories(backbone: Backbone, users: Tensor, history: Jagged) -> Tens
 
 def look_up(backbone: Backbone, ids: Tensor) -> Tensor:
     """(T, D) represented rows of items (T,) int64; with a sharded table every rank calls."""
-    distinct, places = ids.unique(return_inverse=True)
-    rows = backbone.represent(distinct, backbone.items(lookup_ids(distinct)))
+    rows, places = _look_up_distinct(backbone, ids)
     return F.embedding(places, rows)
+
+
+def _look_up_distinct(backbone: Backbone, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Represented rows (U, D) of the distinct ones of items (T,), and (T,) which is whose."""
+    distinct, places = ids.unique(return_inverse=True)
+    return backbone.represent(distinct, backbone.items(lookup_ids(distinct))), places
 
 
 def embed(backbone: Backbone, draw: Draw, device: torch.device) -> Embedded:
     """A draw with the rows of its ids looked up; with a sharded table every rank calls."""
     ids = {name: lookup.to(device) for name, lookup in draw.lookups.items()}
-    rows = look_up(backbone, torch.cat([lookup.values for lookup in ids.values()]))
-    parts = rows.split([len(lookup.values) for lookup in ids.values()])
+    each = [lookup.values for lookup in ids.values()]
+    rows, places = _look_up_distinct(backbone, torch.cat(each))
+    parts = places.split([len(some) for some in each])
     return Embedded(
         ids=ids,
-        vectors={
+        rows=rows,
+        places={
             name: lookup.with_values(part)
             for (name, lookup), part in zip(ids.items(), parts, strict=True)
         },

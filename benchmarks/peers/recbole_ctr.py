@@ -13,44 +13,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # RecBole's checkpoints are pickled
-
-from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
-from recbole.utils import get_model, get_trainer, init_seed
+from recbole_trainer import build_trainer
 
 MODELS = ("DeepFM", "DCNV2", "AutoInt")
 
 
-def build_trainer(
+def build_ctr_trainer(
     folder: Path, model_name: str, seed: int, checkpoints: str
 ) -> tuple[Any, Any, Any, Any]:
-    """Trainer, training, validation and test data."""
-    settings = {
-        "data_path": str(folder.resolve().parent),
-        "benchmark_filename": ["train", "valid", "test"],
-        "load_col": {
+    """Of `build_trainer`, on the splits that stand in the folder."""
+    return build_trainer(
+        model_name,
+        folder,
+        checkpoints,
+        benchmark_filename=["train", "valid", "test"],
+        load_col={
             "inter": ["user_id", "item_id", "label"],
             "user": ["user_id", "age", "gender", "occupation"],
             "item": ["item_id", "release_year", "class"],
         },
-        "seed": seed,
-        "checkpoint_dir": checkpoints,
-        "use_gpu": False,
-    }
-    config = Config(model_name, folder.name, config_dict=settings)
-    init_seed(config["seed"], config["reproducibility"])
-    train, valid, test = data_preparation(config, create_dataset(config))
-    init_seed(config["seed"], config["reproducibility"])
-    model = get_model(config["model"])(config, train.dataset)
-    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    return trainer, train, valid, test
+        seed=seed,
+    )
 
 
 def main() -> None:
@@ -62,7 +50,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as checkpoints:
-        trainer, train, valid, test = build_trainer(
+        trainer, train, valid, test = build_ctr_trainer(
             arguments.folder, arguments.model, arguments.seed, checkpoints
         )
         started = time.process_time()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from contestants import take_turns_asked
-from recbole_ctr import build_trainer
+from recbole_ctr import build_ctr_trainer
 from turn_costs import costs_of
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as checkpoints:
         os.chdir(checkpoints)  # where RecBole leaves its logs
-        trainer, train, *_ = build_trainer(folder, "DCNV2", 0, checkpoints)
+        trainer, train, *_ = build_ctr_trainer(folder, "DCNV2", 0, checkpoints)
         epochs = itertools.count()
         ready = {
             "parameters": sum(p.numel() for p in trainer.model.parameters()),

@@ -15,11 +15,9 @@ from typing import Any
 
 import torch
 from contestants import take_turns_asked
-from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
 from recbole.data.utils import get_dataloader
-from recbole.utils import get_model, get_trainer, init_seed
 from recbole_prepare import LEAVE_ONE_OUT
+from recbole_trainer import build_trainer
 from turn_costs import costs_of
 
 
@@ -28,22 +26,18 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as checkpoints:
         os.chdir(checkpoints)  # where RecBole leaves its logs
-        settings = {
-            "data_path": str(folder.parent),
-            "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
-            "MAX_ITEM_LIST_LENGTH": 50,
-            "train_neg_sample_args": None,
-            "eval_args": LEAVE_ONE_OUT,
-            "metrics": ["Hit", "NDCG", "MRR"],
-            "topk": [5, 10],
-            "checkpoint_dir": checkpoints,
-            "use_gpu": False,
-        }
-        config = Config("SASRec", folder.name, config_dict=settings)
-        init_seed(config["seed"], config["reproducibility"])
-        train, _, test = data_preparation(config, create_dataset(config))
-        model = get_model(config["model"])(config, train.dataset)
-        trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+        trainer, train, _, test = build_trainer(
+            "SASRec",
+            folder,
+            checkpoints,
+            load_col={"inter": ["user_id", "item_id", "timestamp"]},
+            MAX_ITEM_LIST_LENGTH=50,
+            train_neg_sample_args=None,
+            eval_args=LEAVE_ONE_OUT,
+            metrics=["Hit", "NDCG", "MRR"],
+            topk=[5, 10],
+        )
+        config = trainer.config
 
         def turn(batch_size: str) -> dict[str, Any]:
             config["eval_batch_size"] = int(batch_size)
@@ -54,7 +48,7 @@ def main() -> None:
         ready = {
             "users": len(test._dataset),
             "items": train._dataset.item_num - 1,  # one of them is padding
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
         }
         take_turns_asked(ready, turn)
 

@@ -36,9 +36,9 @@ def test_each_id_is_looked_up_once_and_the_catalogue_follows() -> None:
 def test_every_segment_gets_the_rows_of_its_ids(catalogue: tuple[int, int] | None) -> None:
     table = torch.randn(NUM_ITEMS, DIM)
     batch = batch_of(catalogue)
-    vectors, of_catalogue = batch.spread(table[batch.ids.values()])
+    rows, of_catalogue = batch.split(table[batch.ids.values()])
     for owner, draw in DRAWS.items():
-        found = batch.split(vectors, owner)
+        found = batch.embedded(rows, owner)
         assert found.ids.keys() == draw.lookups.keys()
         for name, ids in draw.lookups.items():
             assert torch.equal(found.ids[name].values, ids.values)
@@ -52,7 +52,9 @@ def test_every_segment_gets_the_rows_of_its_ids(catalogue: tuple[int, int] | Non
 def test_the_gradient_of_an_id_sums_over_its_entries_and_the_catalogue() -> None:
     table = torch.randn(NUM_ITEMS, DIM, requires_grad=True)
     batch = batch_of((5, 9))
-    vectors, of_catalogue = batch.spread(table[batch.ids.values()])
+    rows, of_catalogue = batch.split(table[batch.ids.values()])
+    found = [batch.embedded(rows, owner) for owner in DRAWS]
+    vectors = torch.cat([part.values for each in found for part in each.vectors.values()])
     weights = torch.arange(1.0, len(vectors) + 1)
     ((vectors.sum(1) * weights).sum() + 100 * of_catalogue.sum()).backward()
     assert table.grad is not None
@@ -66,9 +68,9 @@ def test_the_gradient_of_an_id_sums_over_its_entries_and_the_catalogue() -> None
 
 def test_a_step_without_ids() -> None:
     batch = assemble(rows_of([0]), {"a": Draw({"history": jagged([])})}, None)
-    vectors, of_catalogue = batch.spread(torch.zeros(0, DIM))
-    assert vectors.shape == of_catalogue.shape == (0, DIM)
-    assert batch.split(vectors, "a").vectors["history"].values.shape == (0, DIM)
+    rows, of_catalogue = batch.split(torch.zeros(0, DIM))
+    assert rows.shape == of_catalogue.shape == (0, DIM)
+    assert batch.embedded(rows, "a").vectors["history"].values.shape == (0, DIM)
 
 
 def test_times_travel_with_their_segments_where_they_are_asked_for() -> None:
@@ -76,7 +78,7 @@ def test_times_travel_with_their_segments_where_they_are_asked_for() -> None:
     timed = Jagged(histories.values, histories.offsets, 10.0 * histories.values.double())
     draws = {**DRAWS, "a": Draw({"history": timed, "target": DRAWS["a"].lookups["target"]})}
     batch = assemble(rows_of([2, 0, 1]), draws, None, with_times=True).to(torch.device("cpu"))
-    found = batch.split(torch.zeros(len(batch.places), DIM), "a")
+    found = batch.embedded(torch.zeros(batch.num_distinct, DIM), "a")
     for part in (found.ids["history"], found.vectors["history"]):
         assert part.times is not None
         assert part.times.tolist() == [70, 30, 70, 30]

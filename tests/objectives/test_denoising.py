@@ -181,10 +181,14 @@ def test_a_hidden_item_reaches_the_encoder_by_nothing() -> None:
     objective, rows = _objective(corruptions=["infill"]), rows_of([4, 5])
     draw = objective.draw(rows)
     drawn = embedded(draw, table)
-    corrupted = drawn.vectors["corrupted"]
-    values = corrupted.values.clone().requires_grad_()
+    corrupted = drawn.ids["corrupted"]
+    values = table[corrupted.values].requires_grad_()  # a row for each token
+    places = corrupted.with_values(1000 + torch.arange(len(values)))
     drawn = Embedded(
-        drawn.ids, {**drawn.vectors, "corrupted": corrupted.with_values(values)}, drawn.tensors
+        drawn.ids,
+        torch.cat([table, values]),
+        {**drawn.places, "corrupted": places},
+        drawn.tensors,
     )
     objective.loss(backbone, drawn, rows, Catalogue(table, 0, False)).total.backward()
     assert values.grad is not None

@@ -115,7 +115,8 @@ def test_a_hidden_item_does_not_reach_the_loss() -> None:
     draw = objective.draw(rows)
     history = draw.lookups["history"]
     vectors = table[history.values].requires_grad_()
-    drawn = Embedded(draw.lookups, {"history": history.with_values(vectors)}, draw.tensors)
+    places = history.with_values(torch.arange(len(vectors)))  # a row for each token
+    drawn = Embedded(draw.lookups, vectors, {"history": places}, draw.tensors)
     catalogue = Catalogue(table, 0, False)
     objective.loss(backbone, drawn, rows, catalogue).total.backward()
     assert vectors.grad is not None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,11 +76,29 @@ class Draw:
 
 @dataclass(frozen=True)
 class Embedded:
-    """A draw after the lookup: `vectors[name]` holds the (T, D) table rows of `ids[name]`."""
+    """A draw after the lookup.
+
+    Attributes:
+        ids: as drawn.
+        rows: (U, D) the table rows of distinct items.
+        places: of each of `ids`, which of the rows is its item's.
+    """
 
     ids: Mapping[str, Jagged]
-    vectors: Mapping[str, Jagged]
+    rows: Tensor
+    places: Mapping[str, Jagged]
     tensors: Mapping[str, Tensor]
+
+    @cached_property
+    def vectors(self) -> Mapping[str, Jagged]:
+        """The (T, D) rows of each of `ids`.
+
+        The gradients of an item's entries add up in their order: the same bits each time.
+        """
+        return {
+            name: at.with_values(F.embedding(at.values, self.rows))
+            for name, at in self.places.items()
+        }
 
 
 @dataclass
@@ -115,31 +134,26 @@ class Batch(Pipelineable):
     def keys(self) -> RowKeys:
         return RowKeys(self.users, RowNoise(self.seed, self.step, self.rows), self.weight)
 
-    def spread(self, looked_up: Tensor) -> tuple[Tensor, Tensor]:
-        """From the vectors of `ids` to those of the segments' entries (T, D), and the catalogue's.
+    def split(self, looked_up: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the vectors of `ids` those of the distinct ids, and the catalogue's."""
+        rows, catalogue = looked_up.tensor_split([self.num_distinct])
+        return rows, catalogue
 
-        The gradients of an item's entries add up in their order: the same bits each time.
-        """
-        distinct, catalogue = looked_up.tensor_split([self.num_distinct])
-        return F.embedding(self.places, distinct), catalogue
-
-    def split(self, vectors: Tensor, owner: str) -> Embedded:
-        """The segments and tensors of `owner`; `vectors` (T, D) as `spread` gives them."""
+    def embedded(self, rows: Tensor, owner: str) -> Embedded:
+        """The segments and tensors of `owner`, with the rows (num_distinct, D) of the items."""
         sizes = [int(offsets[-1]) for offsets in self.offsets.values()]
+        parts = zip(self.offsets.items(), self.places.split(sizes), strict=True)
         prefix = owner + "."
-
-        def owned(values: Tensor) -> dict[str, Jagged]:
-            parts = zip(self.offsets.items(), values.split(sizes), strict=True)
-            return {
-                name.removeprefix(prefix): Jagged(part, offsets, self.times.get(name))
-                for (name, offsets), part in parts
-                if name.startswith(prefix)
-            }
-
+        places = {
+            name.removeprefix(prefix): Jagged(part, offsets, self.times.get(name))
+            for (name, offsets), part in parts
+            if name.startswith(prefix)
+        }
         ids = self.ids.values()
         return Embedded(
-            ids={n: at.with_values(ids[at.values]) for n, at in owned(self.places).items()},
-            vectors=owned(vectors),
+            ids={name: at.with_values(ids[at.values]) for name, at in places.items()},
+            rows=rows,
+            places=places,
             tensors={
                 name.removeprefix(prefix): tensor
                 for name, tensor in self.tensors.items()

@@ -82,16 +82,19 @@ class Autoencoder(Backbone):
     ) -> tuple[Tensor, Tensor]:
         """(R, D) of `encode_users`, and (R,) each user's KL divergence from the standard normal.
 
-        The divergence is 0 where the model is not variational. Arguments as of `encode_users`;
-        the rows of a history may be scaled, by ratings for instance.
+        The divergence is 0 where the model is not variational. Arguments as of `encode_users`.
         """
-        noise = self.heard(noise)
         read = history.with_values(history.values[:, : self.input_dim])
         if is_masked is not None:
             read = read.filter(~is_masked)
-        place = torch.arange(read.num_rows, device=read.offsets.device)
+        return self.encode_bags(unit_bags(read), noise)
+
+    def encode_bags(self, bags: Tensor, noise: RowNoise | None) -> tuple[Tensor, Tensor]:
+        """The same of bags (R, input_dim) of items, as `unit_bags` or `unit_bags_of` makes them."""
+        noise = self.heard(noise)
+        place = torch.arange(len(bags), device=bags.device)
         drop = RowDropout(self.dropout, noise, "autoencoder.dropout", place, 0 * place)
-        x = unit_bags(read) + self.bias
+        x = bags + self.bias
         x = drop(x if self.is_linear else torch.tanh(x))
         for layer in self.hidden:
             x = drop(torch.tanh(layer(x)))
@@ -109,7 +112,28 @@ class Autoencoder(Backbone):
 def unit_bags(jagged: Jagged) -> Tensor:
     """(R, W) sum of each row's values (T, W) over √(their number): of a multi-hot of length 1."""
     sums = torch.segment_reduce(jagged.values, "sum", offsets=jagged.offsets, initial=0.0)
-    return sums / jagged.lengths.clamp(min=1).sqrt().unsqueeze(1)
+    return sums / _roots(jagged)
+
+
+def unit_bags_of(rows: Tensor, places: Jagged, scale: Tensor | None = None) -> Tensor:
+    """The same of the rows (U, W) at places (T,) int64, times `scale` (T,); never (T, W)."""
+    return sums_of(rows, places, scale) / _roots(places)
+
+
+def sums_of(rows: Tensor, places: Jagged, scale: Tensor | None = None) -> Tensor:
+    """(R, W) sum of the rows (U, W) at each row's places (T,) int64, times `scale` (T,)."""
+    return F.embedding_bag(
+        places.values,
+        rows,
+        places.offsets,
+        mode="sum",
+        per_sample_weights=scale,
+        include_last_offset=True,
+    )
+
+
+def _roots(jagged: Jagged) -> Tensor:
+    return jagged.lengths.clamp(min=1).sqrt().unsqueeze(1)
 
 
 def _normal(noise: RowNoise, dim: int) -> Tensor:

@@ -28,9 +28,10 @@ from torchrec_pt.config import Autoencoder as AutoencoderSettings
 from torchrec_pt.config import ModelConfig
 from torchrec_pt.data.batch import Draw, Embedded, RowKeys, Rows, rows_of_users
 from torchrec_pt.data.dataset import PreparedDataset
+from torchrec_pt.data.jagged import Jagged
 from torchrec_pt.data.splits import TRAIN
 from torchrec_pt.distributed import sum_over_ranks
-from torchrec_pt.models.autoencoder import Autoencoder
+from torchrec_pt.models.autoencoder import Autoencoder, sums_of, unit_bags_of
 from torchrec_pt.models.backbone import Backbone
 from torchrec_pt.models.catalogue import Catalogue
 from torchrec_pt.objectives.loss_term import LossTerm
@@ -94,51 +95,55 @@ class AutoencoderObjective(nn.Module):
         catalogue: Catalogue | None,
     ) -> LossTerm:
         assert isinstance(backbone, Autoencoder)
-        history = read = drawn.vectors["history"]
-        rating = drawn.tensors.get("rating")
-        if rating is not None:
-            read = history.with_values(history.values * rating.unsqueeze(1))
-        user, divergence = backbone.encode_distributions(
-            read, keys.noise, is_masked=drawn.tensors["is_hidden"]
+        history, rating = drawn.places["history"], drawn.tensors.get("rating")
+        # Of the table's rows [w | v, b], what encodes and what decodes.
+        encoding, decoding = drawn.rows.split([backbone.input_dim, backbone.dim], dim=1)
+        is_read = ~drawn.tensors["is_hidden"]
+        bags = unit_bags_of(
+            encoding.contiguous(),
+            history.filter(is_read),
+            None if rating is None else rating[is_read],
         )
-        taken = backbone.encode_items(drawn.ids["history"].values, history.values)
-        # Indexing would add up its gradient in the order in which threads come.
-        score = (F.embedding(history.rows, user) * taken).sum(1)
+        user, divergence = backbone.encode_bags(bags, keys.noise)
         if rating is not None:
-            total = (score - rating).square().sum()
+            total = (_scores(user, decoding, history) - rating).square().sum()
         else:
             assert catalogue is not None
-            total = self._binary_loss(user, score, history.lengths, keys.weight, catalogue)
+            total = self._binary_loss(user, decoding, history, keys.weight, catalogue)
         total = total + self._annealed(keys.noise.step) * (divergence * keys.weight).sum()
         return LossTerm(total, keys.weight.sum())
 
     def _binary_loss(
-        self,
-        user: Tensor,
-        score: Tensor,
-        lengths: Tensor,
-        weight: Tensor,
-        catalogue: Catalogue,
+        self, user: Tensor, items: Tensor, history: Jagged, weight: Tensor, catalogue: Catalogue
     ) -> Tensor:
-        """The formulas above; `score` (T,) of the histories' items, `lengths`, `weight` (R,).
+        """The formulas above, of users (R, D) and of items (U, D) at the places of a history.
 
-        A padding row has no items, and the catalogue's sums count it by its weight.
+        A padding row has no items, and the catalogue's sums count it by its `weight` (R,).
         """
+        of_taken = (user * sums_of(items.contiguous(), history)).sum()  # all their scores
         if self.config.loss == "multinomial":
-            temperature = self.config.temperature
+            temperature, lengths = self.config.temperature, history.lengths
             normalizer = catalogue.sum_of_logsumexp(user, lengths * weight, temperature=temperature)
-            return normalizer - score.sum() / temperature
+            return normalizer - of_taken / temperature
         if self.config.loss == "bce":
-            return catalogue.sum_of_softplus(user, weight) - score.sum()
+            return catalogue.sum_of_softplus(user, weight) - of_taken
         positive = self.config.positive_weight
         # c (s − 1)² in the place of s²
-        taken = (positive - 1) * score.square() - positive * (2 * score - 1)
-        return catalogue.sum_of_squares(user, weight) + taken.sum()
+        taken = positive * (len(history.values) - 2 * of_taken)
+        if positive != 1:
+            taken = taken + (positive - 1) * _scores(user, items, history).square().sum()
+        return catalogue.sum_of_squares(user, weight) + taken
 
     def _annealed(self, step: int) -> float:
         """β of this step."""
         num_steps = self.config.anneal_steps
         return self.kl_weight * (min(1.0, step / num_steps) if num_steps else 1.0)
+
+
+def _scores(user: Tensor, items: Tensor, history: Jagged) -> Tensor:
+    """(T,) of users (R, D) and the items (U, D) at the places of their histories."""
+    # Indexing would add up its gradient in the order in which threads come.
+    return (F.embedding(history.rows, user) * F.embedding(history.values, items)).sum(1)
 
 
 def _check_backbone(config: AutoencoderSettings, model: ModelConfig) -> None:
