@@ -100,40 +100,6 @@ def test_copies_are_all_rows_then_all_again_and_draw_apart() -> None:
     assert torch.equal(alone, lots[[0, 2, 4]])
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_drops_at_its_rate_scales_the_rest_and_passes_gradients_alike(p: float) -> None:
-    num_rows, dim = 2048, 64
-    x = (torch.rand(num_rows, dim) + 1).requires_grad_()
-    bits = _noise(num_rows=num_rows).token_bits("d", torch.arange(num_rows), torch.arange(num_rows))
-    out = rng.dropout(x, p, bits, site=1)
-    is_kept = out != 0
-    # 131,072 lots; p is rounded to a multiple of 2^-16.
-    deviation = (p * (1 - p) / out.numel()) ** 0.5
-    assert abs(1 - float(is_kept.float().mean()) - p) < 5 * deviation + 2**-17
-    scale = torch.where(is_kept, 1 / (1 - p), 0.0)
-    torch.testing.assert_close(out, x * scale, rtol=1e-4, atol=0)  # that rounding of p
-    out.sum().backward()
-    torch.testing.assert_close(x.grad, scale, rtol=1e-4, atol=0)
-
-
-def test_dropout_lots_are_unrelated_across_columns_tokens_and_sites() -> None:
-    num_rows, dim = 4096, 8
-    bits = _noise(num_rows=num_rows).token_bits("d", torch.arange(num_rows), torch.arange(num_rows))
-    kept = rng.dropout(torch.ones(num_rows, dim), 0.5, bits, site=1).sign()
-    bound = 5 / num_rows**0.5
-    columns = torch.corrcoef(kept.T.double()) - torch.eye(dim)
-    assert columns.abs().max() < bound  # eight columns are two words of four lots
-    assert abs(_correlation(kept[:, 0], kept[:, 0].roll(1))) < bound
-    other_site = rng.dropout(torch.ones(num_rows, dim), 0.5, bits, site=2).sign()
-    assert abs(_correlation(kept[:, 0], other_site[:, 0])) < bound
-
-
-def test_dropout_with_probability_zero_changes_nothing() -> None:
-    x = torch.randn(5, 8)
-    bits = torch.arange(5)
-    assert torch.equal(rng.dropout(x, 0.0, bits, site=1), x)
-
-
 @pytest.mark.parametrize("num", [0, 1, 2, 1000])
 def test_a_permutation_holds_every_number_once(num: int) -> None:
     assert torch.equal(rng.permutation(num, 3, "epoch", 0).sort().values, torch.arange(num))

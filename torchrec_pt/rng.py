@@ -88,22 +88,6 @@ class RowNoise:
         return unit_interval(self.token_bits(site, row_of_token, position))
 
     def token_bits(self, site: str, row_of_token: Tensor, position: Tensor) -> Tensor:
-        """(T,) int64 hash bits, the base from which `dropout` goes on."""
+        """(T,) int64 hash bits, the base from which `ops.dropout` goes on."""
         base = mix(self.rows + key(self.seed, self.step, site))
         return mix(base[row_of_token] + position * _GOLDEN)
-
-
-def dropout(x: Tensor, p: float, token_bits: Tensor, site: int) -> Tensor:
-    """Zero elements of x with probability p and scale the rest by 1 / (1 − p).
-
-    Args:
-        x: (T, D), D a multiple of 4.
-        token_bits: (T,) int64 from `RowNoise.token_bits`.
-        site: tells apart the dropouts that share these tokens.
-    """
-    num_words = x.shape[1] // 4
-    site_key = key("dropout", site)
-    words = mix((token_bits + site_key).unsqueeze(1) + torch.arange(num_words, device=x.device))
-    threshold = round(p * 65536)  # four 16-bit lots a word
-    keep = (words.view(torch.int16) >= threshold - 32768).to(x.dtype)
-    return x * keep.mul_(65536 / (65536 - threshold))

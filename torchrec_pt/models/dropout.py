@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchrec_pt import rng
+from torchrec_pt.ops import dropout
 from torchrec_pt.rng import RowNoise
 
 
@@ -32,7 +32,7 @@ class RowDropout:
         if self.bits is None:
             return x
         self.site += 1
-        return rng.dropout(x, self.p, self.bits, self.site)
+        return dropout(x, self.p, self.bits, self.site)
 
     def of(self, pick: Callable[[Tensor], Tensor]) -> RowDropout:
         """That of the activations that `pick` takes of (T,), from the present site on."""

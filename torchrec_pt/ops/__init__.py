@@ -11,6 +11,7 @@ except ImportError as error:
         f"torchrec_pt: the operators of csrc cannot be loaded ({error}); run `make setup`"
     ) from error
 
+from torchrec_pt.ops.dropout import dropout
 from torchrec_pt.ops.infonce import infonce_logsumexp, infonce_loss
 from torchrec_pt.ops.negatives import NegativeSampler, SampledNegatives
 from torchrec_pt.ops.sampled_softmax import sampled_softmax_loss
@@ -21,6 +22,7 @@ __all__ = [
     "NegativeSampler",
     "SampledNegatives",
     "build_info",
+    "dropout",
     "infonce_logsumexp",
     "infonce_loss",
     "sampled_softmax_loss",
