@@ -23,31 +23,21 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from bars import at_least, bar_table, without_bound
-from conditions import ROOT, build_parser, conditions, default_out, write_json
+from bars import at_least, without_bound
+from conditions import ROOT, conditions
 from contestants import Contestant
 from ctr_epochs import DCN_V2, MODELS
 from peers.environments import python_of
-from rich.console import Console
-from turns import ratios_to, take_turns, turns_table
+from turns import parsed, ratios_to, report, take_turns, turns_parser
 
 BENCHMARKS = ROOT / "benchmarks"
 PEER = "RecBole DCN-v2"
 
 
 def main() -> None:
-    parser = build_parser(__doc__, ("training",), rounds_help="turns of each that count")
-    parser.set_defaults(device="cpu")
-    arguments = parser.parse_args()
-    if arguments.device != "cpu" or arguments.threads != 1:
-        parser.error("--device, --threads: this benchmark is of one thread on the CPU")
-    if arguments.out is None and not arguments.quick:
-        arguments.out = default_out("ctr")
-    torch.set_num_threads(1)
+    arguments = parsed(turns_parser(__doc__, "training", rounds=5), "ctr")
     header = conditions("cpu") | {"peer": "RecBole 1.2.1"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -66,25 +56,13 @@ def main() -> None:
         entrants = {PEER: (peer, "epoch")}
         entrants |= {name: (ours, name) for name in MODELS}
         rows = take_turns(entrants, 1 if arguments.quick else arguments.rounds)
-        for contestant in (ours, peer):
-            contestant.close()
-            contestant.wait()
     ratios = ratios_to(rows, PEER)
     bars = [
         at_least("pairs a second over RecBole's DCN-v2", 2, [(ratios[DCN_V2], DCN_V2)]),
         *(without_bound("the same", [(ratios[name], name)]) for name in MODELS if name != DCN_V2),
     ]
-    console = Console(width=max(Console().width, 120))
-    console.print(turns_table("training of ctr", "pairs", rows))
-    console.print(bar_table(bars))
-    if arguments.out is not None:
-        found = {
-            "models": sizes,
-            "bars": [asdict(bar) for bar in bars],
-            "ratios": ratios,
-            "rows": [asdict(row) for row in rows],
-        }
-        write_json(arguments.out, header, found)
+    title = "training of ctr"
+    report(title, "pairs", rows, bars, arguments, header, models=sizes, ratios=ratios)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,15 @@ Writes benchmarks/results/evaluate.json; of --quick only where --out says.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import polars as pl
-import torch
-from bars import at_least, bar_table, without_bound
-from conditions import ROOT, build_parser, conditions, default_out, write_json
+from bars import at_least, without_bound
+from conditions import ROOT, conditions
 from contestants import Contestant
 from evaluate_turns import WAYS
 from peers.environments import python_of
-from rich.console import Console
-from turns import ratios_to, take_turns, turns_table
+from turns import parsed, ratios_to, report, take_turns, turns_parser
 
 BENCHMARKS = ROOT / "benchmarks"
 DEFAULT_BATCH, OTHER_BATCHES = 4096, (64, 512)
@@ -38,19 +35,13 @@ NUM_USERS_QUICK = 1000
 
 
 def main() -> None:
-    parser = build_parser(__doc__, ("evaluation",), rounds_help="turns of each that count")
+    parser = turns_parser(__doc__, "evaluation", rounds=3)
     parser.add_argument("--beauty", type=Path, default=ROOT / "data/beauty")
-    parser.set_defaults(rounds=3, device="cpu")
-    arguments = parser.parse_args()
-    if arguments.device != "cpu" or arguments.threads != 1:
-        parser.error("--device, --threads: this benchmark is of one thread on the CPU")
+    arguments = parsed(parser, "evaluate")
     log = arguments.beauty / "beauty.inter"
     if not log.exists():
         print(f"{log}: not there, nothing is measured; scripts/get_s3rec.py writes it")
         return
-    if arguments.out is None and not arguments.quick:
-        arguments.out = default_out("evaluate")
-    torch.set_num_threads(1)
     header = conditions("cpu") | {"peer": "RecBole 1.2.1"}
     others = () if arguments.quick else OTHER_BATCHES
     with tempfile.TemporaryDirectory() as name:
@@ -69,9 +60,6 @@ def main() -> None:
         peers = {f"RecBole, {size} users": (peer, str(size)) for size in (DEFAULT_BATCH, *others)}
         entrants = peers | {f"ours, {way}": (ours, way) for way in WAYS}
         rows = take_turns(entrants, 1 if arguments.quick else arguments.rounds)
-        for contestant in (ours, peer):
-            contestant.close()
-            contestant.wait()
     best = max((row for row in rows if row.name in peers), key=lambda row: row.per_s).name
     to_best, to_default = ratios_to(rows, best), ratios_to(rows, f"RecBole, {DEFAULT_BATCH} users")
     text = "users a second over RecBole's at"
@@ -81,18 +69,9 @@ def main() -> None:
         without_bound(f"{text} its default batch", [(to_default["ours, lists"], "ours, lists")]),
         without_bound(f"{text} its best batch", [(to_best["ours, lists"], "ours, lists")]),
     ]
-    console = Console(width=max(Console().width, 120))
-    console.print(turns_table("evaluation over the full catalogue", "users", rows))
-    console.print(bar_table(bars))
-    if arguments.out is not None:
-        found = {
-            "models": sizes,
-            "bars": [asdict(bar) for bar in bars],
-            "ratios_to_best": to_best,
-            "ratios_to_default": to_default,
-            "rows": [asdict(row) for row in rows],
-        }
-        write_json(arguments.out, header, found)
+    ratios = {"ratios_to_best": to_best, "ratios_to_default": to_default}
+    title = "evaluation over the full catalogue"
+    report(title, "users", rows, bars, arguments, header, models=sizes, **ratios)
 
 
 def write_with_times(inter: Path, folder: Path, num_users: int | None) -> None:

@@ -14,30 +14,20 @@ Writes benchmarks/results/multidae.json; of --quick only where --out says.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict
 
-import torch
-from bars import at_least, bar_table
-from conditions import ROOT, build_parser, conditions, default_out, write_json
+from bars import at_least
+from conditions import ROOT, conditions
 from contestants import Contestant
 from multidae_epochs import EPOCHS_A_TURN
 from peers.environments import python_of
-from rich.console import Console
-from turns import ratios_to, take_turns, turns_table
+from turns import parsed, ratios_to, report, take_turns, turns_parser
 
 BENCHMARKS = ROOT / "benchmarks"
 OURS, PEER = "ours", "RecBole MultiDAE"
 
 
 def main() -> None:
-    parser = build_parser(__doc__, ("training",), rounds_help="turns of each that count")
-    parser.set_defaults(device="cpu")
-    arguments = parser.parse_args()
-    if arguments.device != "cpu" or arguments.threads != 1:
-        parser.error("--device, --threads: this benchmark is of one thread on the CPU")
-    if arguments.out is None and not arguments.quick:
-        arguments.out = default_out("multidae")
-    torch.set_num_threads(1)
+    arguments = parsed(turns_parser(__doc__, "training", rounds=5), "multidae")
     header = conditions("cpu") | {"peer": "RecBole 1.2.1"}
     with tempfile.TemporaryDirectory() as folder:
         ours = Contestant(BENCHMARKS / "multidae_epochs.py", folder)
@@ -52,22 +42,10 @@ def main() -> None:
         sizes = {OURS: ours.answer(), PEER: peer.answer()}
         entrants = {PEER: (peer, "epochs"), OURS: (ours, "epochs")}
         rows = take_turns(entrants, 1 if arguments.quick else arguments.rounds)
-        for contestant in (ours, peer):
-            contestant.close()
-            contestant.wait()
     ratios = ratios_to(rows, PEER)
     bars = [at_least("users a second over RecBole's MultiDAE", 1, [(ratios[OURS], OURS)])]
-    console = Console(width=max(Console().width, 120))
-    console.print(turns_table("training of an autoencoder", "users", rows))
-    console.print(bar_table(bars))
-    if arguments.out is not None:
-        found = {
-            "models": sizes,
-            "bars": [asdict(bar) for bar in bars],
-            "ratios": ratios,
-            "rows": [asdict(row) for row in rows],
-        }
-        write_json(arguments.out, header, found)
+    title = "training of an autoencoder"
+    report(title, "users", rows, bars, arguments, header, models=sizes, ratios=ratios)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def _gain(results: Sequence[Result], protocol: str, other: str, metric: str) -> 
 LOSSES_HEAD = """## Ranking losses
 
 [{recipe}](../configs/{recipe}.toml) fine-tuned with each loss from the same pretraining, all other
-settings as they are; {num_seeds} seeds. The validation split chose the epochs.
+settings as they are, softmax over the sampled items, too; {num_seeds} seeds. The validation split
+chose the epochs.
 """
 
 

@@ -1,17 +1,39 @@
-"""Contestants' turns at the same work, of which each says the costs, and the table of them."""
+"""Contestants' turns at the same work on one thread, of which each says the costs; their report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from bars import Bar, bar_table
+from conditions import build_parser, default_out, write_json
 from contestants import Contestant
 from measuring import quantiles, rotated
+from rich.console import Console
 from rich.table import Table
 from tables import build_table
 
 Entrant = tuple[Contestant, str]  # a program, and the word that asks it for a turn
+
+
+def turns_parser(doc: str | None, section: str, rounds: int) -> ArgumentParser:
+    parser = build_parser(doc, (section,), rounds_help="turns of each that count")
+    parser.set_defaults(rounds=rounds, device="cpu")
+    return parser
+
+
+def parsed(parser: ArgumentParser, name: str) -> Namespace:
+    """Of one thread on the CPU, with results by `name` unless it is a quick run."""
+    arguments = parser.parse_args()
+    if arguments.device != "cpu" or arguments.threads != 1:
+        parser.error("--device, --threads: this benchmark is of one thread on the CPU")
+    if arguments.out is None and not arguments.quick:
+        arguments.out = default_out(name)
+    torch.set_num_threads(1)
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -29,7 +51,7 @@ class Row:
 
 
 def take_turns(entrants: Mapping[str, Entrant], rounds: int) -> list[Row]:
-    """By name; after a turn each that does not count."""
+    """By name; after a turn each that does not count. Then the contestants are closed."""
     names = list(entrants)
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for index in range(-1, rounds):
@@ -38,6 +60,9 @@ def take_turns(entrants: Mapping[str, Entrant], rounds: int) -> list[Row]:
             found = contestant.ask(word)
             if index >= 0:
                 turns[name].append(found)
+    for contestant in {contestant for contestant, _ in entrants.values()}:
+        contestant.close()
+        contestant.wait()
     return [_row(name, found) for name, found in turns.items()]
 
 
@@ -77,3 +102,21 @@ def turns_table(title: str, what: str, rows: list[Row]) -> Table:
             f"{row.extra_mib:,.0f}",
         )
     return table
+
+
+def report(
+    title: str,
+    what: str,
+    rows: list[Row],
+    bars: Sequence[Bar],
+    arguments: Namespace,
+    header: Mapping[str, Any],
+    **found: Any,
+) -> None:
+    """On the screen, and with what else was found in the file that the arguments name."""
+    console = Console(width=max(Console().width, 120))
+    console.print(turns_table(title, what, rows))
+    console.print(bar_table(list(bars)))
+    if arguments.out is not None:
+        each = {"bars": [asdict(bar) for bar in bars], "rows": [asdict(row) for row in rows]}
+        write_json(arguments.out, dict(header), {**found, **each})
