@@ -11,6 +11,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# On a CPU oneDNN compiles a product anew for each number of rows, and no two steps have as many
+# tokens; so there are a few numbers alone.
+ROWS_MULTIPLE = 256
+
 
 def multiply_in_bf16(module: nn.Module) -> None:
     """From now on every nn.Linear of `module` multiplies in bfloat16 while it trains.
@@ -29,4 +33,8 @@ class _Bf16Linear(nn.Linear):
         if not self.training:
             return super().forward(input)
         bias = None if self.bias is None else self.bias.bfloat16()
-        return F.linear(input.bfloat16(), self.weight.bfloat16(), bias)
+        rows = input.bfloat16().flatten(0, -2)
+        num_more = -len(rows) % ROWS_MULTIPLE if rows.device.type == "cpu" else 0
+        padded = F.pad(rows, (0, 0, 0, num_more)) if num_more else rows
+        out = F.linear(padded, self.weight.bfloat16(), bias)[: len(rows)]
+        return out.unflatten(0, input.shape[:-1])
