@@ -129,8 +129,8 @@ def rank_and_list(
     counted = [asked.targets.values.new_zeros(0, 2)]
     lists = [Jagged.from_lengths(none[:0], none[:0])]
     # Histories of like length share a block, since a block is padded to its longest.
-    order = asked.seen.lengths.argsort(stable=True)
-    order = order[parts[order].argsort(stable=True)]
+    num_of_part = parts.unique_consecutive(return_counts=True)[1]
+    order = Jagged.from_lengths(asked.seen.lengths, num_of_part).argsort()
     for rows in (order[block] for block in row_blocks(parts, batch_size, ranks)):
         blocks = zip(
             gather_blocks(scorer.queries(asked.users[rows]).to(ranks.device)),
